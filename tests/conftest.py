@@ -1,0 +1,150 @@
+"""Fixtures and options for all tests: what to skip where, and the record of a run on a GPU."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import subprocess
+import warnings
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mini_vllm import LLM, SamplingParams
+from mini_vllm.engine.model_input import build_model_input
+from mini_vllm.models.kv_cache import KVCache
+from mini_vllm.ops.base import map_arrays
+from mini_vllm.scheduling.block_manager import BlockManager
+from mini_vllm.scheduling.scheduler import Scheduler
+from mini_vllm.scheduling.sequence import Sequence
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---- skipping ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def why_no_gpu() -> str | None:
+    """Why `gpu` tests cannot run here; None where they can."""
+    try:
+        with warnings.catch_warnings():  # CuPy warns where it finds no CUDA toolkit, which is then the reason
+            warnings.simplefilter("ignore")
+            import cupy
+    except ImportError as error:
+        return f"CuPy cannot be imported: {error}"
+    return None if cupy.is_available() else "CuPy finds no NVIDIA GPU"
+
+
+@functools.cache
+def why_no_oracle() -> str | None:
+    """Why `oracle` tests cannot run here; None where they can."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(missing)} not installed" if missing else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Asked only when such a test is about to run: other runs do not pay for importing CuPy.
+    for mark, why_not in (("gpu", why_no_gpu), ("oracle", why_no_oracle)):
+        if item.get_closest_marker(mark) and (reason := why_not()):
+            pytest.skip(f"{mark} test: {reason}")
+
+
+# ---- the record of a run on a GPU -------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu-record",
+        metavar="PATH",
+        type=Path,
+        help="write a JSON record of this run there: digest of the tested sources, GPU, versions, outcome",
+    )
+
+
+def source_digest() -> str:
+    """sha256 over the tracked files of the CUDA backend: for each path in order, path NUL content NUL."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "cuda_src", "mini_vllm/ops"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    paths = sorted(filter(None, listing.stdout.split("\0")))
+    if not paths:
+        raise RuntimeError("git tracks no file of cuda_src and mini_vllm/ops")
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.encode() + b"\0" + (ROOT / path).read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    path = config.getoption("--gpu-record")
+    if path is None:
+        return
+    if reason := why_no_gpu():
+        terminalreporter.write_line(f"--gpu-record: nothing written, {reason}", red=True)
+        return
+    import cupy
+    from cupy_backends.cuda.libs import nvrtc
+
+    def count(*outcomes: str) -> int:
+        return sum(len(terminalreporter.stats.get(outcome, ())) for outcome in outcomes)
+
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    nvidia_smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    record = {
+        "source_digest": source_digest(),
+        "gpu": properties["name"].decode(),
+        "driver": subprocess.run(nvidia_smi, capture_output=True, text=True, check=True).stdout.split("\n")[0],
+        "cupy": cupy.__version__,
+        "nvrtc": ".".join(map(str, nvrtc.getVersion())),
+        "passed": count("passed"),
+        "failed": count("failed", "error"),
+        "skipped": count("skipped"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    terminalreporter.write_line(f"--gpu-record: {path}")
+
+
+# ---- fixtures ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompt_logits() -> Callable[[LLM, list[int]], np.ndarray]:
+    """A function (llm, token_ids) -> [T, V] float32: the logits after every token of a prompt.
+
+    They come from the LLM's model and backend in one step over a KV cache of its own, so the engine's state
+    stays as it is.
+    """
+
+    def prompt_logits(llm: LLM, token_ids: list[int]) -> np.ndarray:
+        runner, length = llm.llm_engine.runner, len(token_ids)
+        ops, block_size = runner.ops, runner.kv.block_size
+        blocks = BlockManager(-(-length // block_size), block_size)
+        scheduler = Scheduler(blocks, max_num_seqs=1, max_num_batched_tokens=length)
+        scheduler.add(Sequence(0, token_ids, SamplingParams(), max_num_tokens=length + 1))
+        host = build_model_input(scheduler.schedule(), block_size)
+        kv = KVCache(runner.model.config, blocks.num_blocks, block_size, ops)
+        hidden = runner.model.forward(
+            ops.to_device(host.input_ids),
+            ops.to_device(host.positions),
+            map_arrays(host.attn, ops.to_device),
+            kv,
+            ops.to_device(np.arange(length, dtype=np.int32)),
+        )
+        return ops.to_host(runner.model.logits(hidden))
+
+    return prompt_logits
+
+
+@pytest.fixture(scope="session")
+def demo_llm() -> LLM:
+    """The bundled demo model on the CPU."""
+    return LLM(device="cpu")
