@@ -1,0 +1,185 @@
+"""The narrow waist between model and hardware: the `Ops` protocol and the values that cross it.
+
+`NumpyOps` is the specification of every method, `CudaOps` the fast implementation. Arrays are NumPy
+arrays on the CPU and CuPy arrays on the GPU. Shape letters: T tokens of this step, B sequences, S rows to
+sample, H hidden size, I intermediate size, V vocabulary, Hq / Hkv query / KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from mini_vllm.ops.weight import Weight
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+Dataclass = TypeVar("Dataclass")
+
+BANNED = np.float32(-1e30)
+"""Logit added to tokens that bad_words or min_tokens forbid. Finite, so that a row in which every allowed
+token is forbidden still has a well-defined answer instead of NaN."""
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Which tokens of a step belong to which sequence, and where their keys and values live.
+
+    The T tokens of a step are the new tokens of B sequences, one sequence after the other; a decoding
+    sequence brings one, a prefill chunk brings many. The last of them has position seq_len - 1.
+    """
+
+    slot_mapping: Array  # [T] int32: cache row (block * block_size + offset) of each new token; -1 is padding
+    cu_seqlens_q: Array  # [B + 1] int32: sequence i brings tokens cu_seqlens_q[i] to cu_seqlens_q[i + 1]
+    seq_lens: Array  # [B] int32: keys that sequence i sees, this step's included
+    block_tables: Array  # [B, max_blocks] int32: physical block of each logical block; unused entries are 0
+    max_seqlen_q: int  # host ints, so that kernel and grid can be chosen without a synchronisation
+    max_seqlen_k: int
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """The sampling rules of S rows as columns. Ragged columns are CSR: row i owns ids[offsets[i]:offsets[i + 1]].
+
+    A ragged group is None when no row of the batch uses it.
+    """
+
+    temperature: Array  # [S] float32; 0 is greedy
+    top_k: Array  # [S] int32; 0 is off
+    top_p: Array  # [S] float32; 1 is off
+    min_p: Array  # [S] float32; 0 is off
+    seeds: Array  # [S] uint64: Philox key of the request
+    positions: Array  # [S] int32: index in its sequence of the token being drawn; the Philox counter
+
+    # Penalties: the distinct tokens of prompt and output, and how often each occurs in the output.
+    penalty_offsets: Array | None = None  # [S + 1] int32
+    penalty_ids: Array | None = None  # [N] int32
+    penalty_counts: Array | None = None  # [N] int32; 0: only in the prompt
+    repetition_penalty: Array | None = None  # [S] float32
+    presence_penalty: Array | None = None  # [S] float32
+    frequency_penalty: Array | None = None  # [S] float32
+
+    # logit_bias, and BANNED for the tokens that bad_words and min_tokens forbid at this step.
+    bias_offsets: Array | None = None  # [S + 1] int32
+    bias_ids: Array | None = None  # [N] int32, distinct within a row
+    bias_values: Array | None = None  # [N] float32
+
+    # allowed_token_ids; a row with an empty range allows all tokens.
+    allowed_offsets: Array | None = None  # [S + 1] int32
+    allowed_ids: Array | None = None  # [N] int32
+
+    # Host facts that choose the kernel without a synchronisation.
+    any_random: bool = True  # some row has temperature > 0
+    any_filter: bool = True  # some random row uses top_k, top_p or min_p
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities of one chosen token a row, and of the most likely tokens of that row."""
+
+    logprobs: Array  # [S] float32
+    ranks: Array  # [S] int32: 1 is the most likely token
+    top_ids: Array  # [S, K] int32, most likely first, ties to the lower id
+    top_logprobs: Array  # [S, K] float32
+
+
+def map_arrays(value: Dataclass, convert: Callable[[Array], Array]) -> Dataclass:
+    """A copy of a dataclass with `convert` applied to its NumPy arrays; other fields are kept."""
+    arrays = {f.name: getattr(value, f.name) for f in fields(value)}
+    return replace(value, **{k: convert(v) for k, v in arrays.items() if isinstance(v, np.ndarray)})
+
+
+class Ops(Protocol):
+    """What a backend computes. Inputs are never modified except where a method says so.
+
+    `dtype` is the activations' and the KV cache's; all sums are accumulated in float32.
+    """
+
+    device: str
+    dtype: np.dtype
+
+    def to_device(self, host: np.ndarray) -> Array: ...
+
+    def to_host(self, array: Array) -> np.ndarray: ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array: ...
+
+    def embedding(self, ids: Array, table: Array) -> Array:
+        """Rows `ids` [T] of `table` [V, H]: [T, H]."""
+        ...
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich, 2019): any shape [..., H]."""
+        ...
+
+    def add_rms_norm(self, x: Array, residual: Array, weight: Array, eps: float) -> tuple[Array, Array]:
+        """(rms_norm(x + residual), x + residual); the sum is rounded to `dtype` before the norm, as HF does.
+
+        A backend may write both results over its inputs: the caller must not read `x` or `residual` again.
+        """
+        ...
+
+    def linear(self, x: Array, weight: Weight) -> Array:
+        """x [T, in] times the weight, plus its bias: [T, out]. Dispatches on the weight's type."""
+        ...
+
+    def silu_and_mul(self, gate_up: Array) -> Array:
+        """silu(gate) * up for gate_up [T, 2 I], the gate half first: [T, I] (SwiGLU; Shazeer, 2020)."""
+        ...
+
+    def rope_store_kv(
+        self,
+        qkv: Array,
+        positions: Array,
+        rope_table: Array,
+        q_norm: Array | None,
+        k_norm: Array | None,
+        eps: float,
+        k_cache: Array,
+        v_cache: Array,
+        slot_mapping: Array,
+    ) -> Array:
+        """Split qkv, norm q and k per head (if weights are given), rotate them and write k and v into the cache.
+
+        qkv: [T, (Hq + 2 Hkv) * D]; positions: [T] int32; rope_table: [max_position, D] float32, cosines then
+        sines; q_norm, k_norm: [D] or None; k_cache, v_cache: [num_blocks, block_size, Hkv, D], written in
+        place at slot_mapping [T]; -1 writes nothing. Returns the rotated q [T, Hq, D].
+        """
+        ...
+
+    def attention(
+        self,
+        q: Array,
+        k_cache: Array,
+        v_cache: Array,
+        meta: AttentionMetadata,
+        scale: float,
+        window: int | None = None,
+    ) -> Array:
+        """Causal attention of q [T, Hq, D] over the paged cache, for any mix of prefill chunks and decodes.
+
+        Query head h reads KV head h // (Hq / Hkv). The query at position i sees the keys at positions
+        j <= i, and with a sliding window only those with i - j < window. Returns [T, Hq * D].
+        """
+        ...
+
+    def logits(self, hidden: Array, weight: Weight) -> Array:
+        """`linear` with a float32 result, for the language-model head: hidden [S, H] to [S, V]."""
+        ...
+
+    def sample(self, logits: Array, batch: SamplingBatch) -> Array:
+        """Draw one token id a row under the batch's rules: logits [S, V] float32 to [S] int32.
+
+        A backend may overwrite `logits`; compute log probabilities first.
+        """
+        ...
+
+    def logprobs(self, logits: Array, token_ids: Array, num_top: int) -> TokenLogprobs:
+        """log_softmax of each row at token_ids [S] and at the row's num_top most likely tokens."""
+        ...
+
+    def all_reduce(self, x: Array) -> Array:
+        """Sum over the tensor-parallel ranks; the identity on one."""
+        ...
