@@ -171,7 +171,10 @@ class ModelConfig:
 
         hidden_size = reader.size("hidden_size")
         num_heads = reader.size("num_attention_heads")
-        num_kv_heads = reader.size("num_key_value_heads", default=num_heads)
+        # Where the key is missing, transformers takes num_attention_heads for Llama but numbers of its own for
+        # the others; released checkpoints name it. null means num_attention_heads everywhere.
+        no_gqa = family == "llama" or "num_key_value_heads" in config
+        num_kv_heads = reader.size("num_key_value_heads", default=num_heads if no_gqa else None)
         num_layers = reader.size("num_hidden_layers")
         if num_heads % num_kv_heads:
             raise ValueError(

@@ -139,7 +139,7 @@ class SamplingParams:
             raise ValueError(f"{name} must be {allowed}{' or None' if optional else ''}, got {value!r}")
 
     def _freeze_lists(self) -> None:
-        """Check the list-like fields and store them as tuples, so that a shared object cannot change under a request."""
+        """Check the list-like fields and store copies, so that a shared object cannot change under a request."""
         self._set("stop", _strings("stop", self.stop))
         self._set("bad_words", _strings("bad_words", self.bad_words))
         self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))

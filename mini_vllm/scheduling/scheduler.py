@@ -72,8 +72,8 @@ class Scheduler:
         self._schedule_decodes(output)
         budget = self.max_num_batched_tokens - len(output.scheduled)
         budget = self._continue_prefills(output, budget)
-        if not output.preempted:  # admitting now would take the blocks that a preemption just freed
-            self._admit(output, budget)
+        # A victim of this step heads the queue and needs at least the blocks it gave back, so it stays there.
+        self._admit(output, budget)
         return output
 
     def _schedule_decodes(self, output: SchedulerOutput) -> None:
