@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 # Weights are taken from safetensors only: pickled .bin files can run code when they are loaded.
@@ -15,12 +16,12 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     Honours HF_HOME, HF_TOKEN and HF_HUB_OFFLINE. Raises `ValueError` when there is no such directory and
     the hub has no such model or cannot be reached.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))  # unlike Path's methods, os.path raises for no name at all
+    if os.path.isdir(path):
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} is a directory without config.json; give a directory of an HF checkpoint")
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise ValueError(f"{path} is a file; give the directory that holds config.json and *.safetensors")
 
     from huggingface_hub import snapshot_download  # 0.2 s, and only needed here

@@ -159,18 +159,14 @@ def load_decoder(config: ModelConfig, source: TensorSource, ops: Ops, max_model_
     q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
 
     def load(name: str, *shape: int) -> Array:
-        return ops.to_device(source.tensor(name, shape).astype(ops.dtype))
+        return ops.load_weight([source.tensor(name, shape)])
 
     def projection(prefix: str, parts: dict[str, int], columns: int, bias: bool = False) -> DenseWeight:
         """One projection made of the checkpoint's blocks of rows, `parts` {name: rows}."""
 
         def stack(suffix: str, *row_shape: int) -> Array:
-            merged = np.empty((sum(parts.values()), *row_shape), ops.dtype)
-            start = 0
-            for name, rows in parts.items():
-                merged[start : start + rows] = source.tensor(f"{prefix}.{name}.{suffix}", (rows, *row_shape))
-                start += rows
-            return ops.to_device(merged)
+            tensors = {f"{prefix}.{name}.{suffix}": (rows, *row_shape) for name, rows in parts.items()}
+            return ops.load_weight([source.tensor(name, shape) for name, shape in tensors.items()])
 
         return DenseWeight(stack("weight", columns), stack("bias") if bias else None)
 

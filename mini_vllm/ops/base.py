@@ -7,7 +7,7 @@ sample, H hidden size, I intermediate size, V vocabulary, Hq / Hkv query / KV he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
@@ -74,6 +74,11 @@ class SamplingBatch:
     any_random: bool = True  # some row has temperature > 0
     any_filter: bool = True  # some random row uses top_k, top_p or min_p
 
+    @property
+    def is_simple(self) -> bool:
+        """No row uses a ragged group: the fixed-size columns say it all."""
+        return self.penalty_ids is None and self.bias_ids is None and self.allowed_ids is None
+
 
 @dataclass(frozen=True)
 class TokenLogprobs:
@@ -105,6 +110,13 @@ class Ops(Protocol):
     def to_host(self, array: Array) -> np.ndarray: ...
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array: ...
+
+    def load_weight(self, parts: Sequence[np.ndarray]) -> Array:
+        """The parts stacked along their first axis, in `dtype`: a weight on its way from files to where it is used.
+
+        The parts may be views of memory-mapped files, of any of the three dtypes; they are read once.
+        """
+        ...
 
     def embedding(self, ids: Array, table: Array) -> Array:
         """Rows `ids` [T] of `table` [V, H]: [T, H]."""

@@ -6,6 +6,8 @@ once at the end of each op, as the kernels do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mini_vllm.ops.base import Array, AttentionMetadata, SamplingBatch, TokenLogprobs
@@ -51,6 +53,10 @@ class NumpyOps:
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         return np.zeros(shape, dtype)
+
+    def load_weight(self, parts: Sequence[np.ndarray]) -> Array:
+        weight = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), self.dtype)
+        return np.concatenate(parts, out=weight, casting="unsafe")
 
     # ---- transformer --------------------------------------------------------------------------------------
 

@@ -1,0 +1,70 @@
+"""How much of the GPU is left for the KV cache, found by running the largest step there can be."""
+
+from __future__ import annotations
+
+import logging
+
+from mini_vllm.config import EngineConfig
+from mini_vllm.engine.model_input import build_model_input
+from mini_vllm.engine.sampler import build_sampling_batch
+from mini_vllm.models.decoder import CausalLM
+from mini_vllm.models.kv_cache import KVCache
+from mini_vllm.ops.base import map_arrays
+from mini_vllm.ops.cuda.device import GPUAllocator, free_cached_memory, memory_info
+from mini_vllm.sampling_params import SamplingParams
+from mini_vllm.scheduling.block_manager import BlockManager
+from mini_vllm.scheduling.scheduler import Scheduler
+from mini_vllm.scheduling.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+SLACK = 256 << 20  # bytes: CUDA graphs' own memory, the driver's, fragmentation
+
+
+def measure_kv_cache_memory(model: CausalLM, config: EngineConfig) -> int:
+    """Bytes left for the KV cache under gpu_memory_utilization, with the weights loaded.
+
+    Raises `ValueError` with the figures when nothing is left.
+    """
+    prefill = _peak_of_step(model, config, config.max_num_batched_tokens)
+    decode = _peak_of_step(model, config, config.max_num_seqs)  # the graphs keep this much for themselves
+    free_cached_memory()
+    free, total = memory_info()
+    allowed = int(total * config.gpu_memory_utilization)
+    memory = allowed - (total - free) - prefill - decode - SLACK
+    figures = (
+        f"{total / 2**30:.1f} GiB of GPU memory, of which {allowed / 2**30:.1f} may be used; "
+        f"{(total - free) / 2**30:.1f} in use (weights, CUDA, other processes), "
+        f"{(prefill + decode + SLACK) / 2**30:.1f} for a step's activations"
+    )
+    if memory <= 0:
+        raise ValueError(
+            f"no memory is left for the KV cache: {figures}; raise gpu_memory_utilization, free the GPU, or lower "
+            "max_num_batched_tokens or max_num_seqs"
+        )
+    logger.info("%.1f GiB for the KV cache (%s).", memory / 2**30, figures)
+    return memory
+
+
+def _peak_of_step(model: CausalLM, config: EngineConfig, num_tokens: int) -> int:
+    """Bytes of activations and logits in a step of `num_tokens` tokens over as many sequences as there can be."""
+    ops = model.ops
+    num_seqs = min(config.max_num_seqs, num_tokens)
+    length = num_tokens // num_seqs
+    num_blocks = num_seqs * -(-length // config.block_size)
+    scheduler = Scheduler(
+        BlockManager(num_blocks, config.block_size), max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens
+    )
+    for i in range(num_seqs):
+        scheduler.add(Sequence(i, [0] * length, SamplingParams(top_k=2), max_num_tokens=length + 1))
+    plan = scheduler.schedule()
+    allocator = GPUAllocator()
+    with allocator.use():
+        kv = KVCache(model.config, num_blocks, config.block_size, ops)
+        before = allocator.get_allocated()
+        host = build_model_input(plan, config.block_size)
+        inp, attn = map_arrays(host, ops.to_device), map_arrays(host.attn, ops.to_device)
+        hidden = model.forward(inp.input_ids, inp.positions, attn, kv, inp.logits_indices)
+        batch = build_sampling_batch([s.seq for s in plan.scheduled])
+        ops.to_host(ops.sample(model.logits(hidden), map_arrays(batch, ops.to_device)))
+        return allocator.get_peak() - before
