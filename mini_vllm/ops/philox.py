@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import numpy as np
 
-_MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
+_WEYL = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
+_ROUNDS = np.arange(10, dtype=np.uint64)
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
-def philox4x32(counter: tuple[np.ndarray, ...], key: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Ten rounds over arrays of 32-bit words held as uint64: four counter words, two key words, four words out."""
-    c0, c1, c2, c3 = (np.asarray(c, np.uint64) for c in counter)
-    k0, k1 = (np.asarray(k, np.uint64) for k in key)
-    for _ in range(10):
-        p0, p1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _LOW, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _LOW
-        k0, k1 = (k0 + np.uint64(_WEYL_0)) & _LOW, (k1 + np.uint64(_WEYL_1)) & _LOW
-    return c0, c1, c2, c3
+def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Ten rounds on 32-bit words held as uint64: counter [4, ...], key [2, ...] to words [4, ...]."""
+    column = (2,) + (1,) * (counter.ndim - 1)
+    multipliers = _MULTIPLIERS.reshape(column)
+    round_keys = (key + _ROUNDS.reshape(10, *(1,) * counter.ndim) * _WEYL.reshape(column)) & _LOW
+    even, odd = counter[0::2], counter[1::2]  # words 0 and 2 are multiplied, words 1 and 3 are mixed in
+    for round_key in round_keys:
+        product = even * multipliers
+        even, odd = (product >> _SHIFT)[::-1] ^ odd ^ round_key, (product & _LOW)[::-1]
+    return np.stack([even[0], odd[0], even[1], odd[1]])
 
 
 def exponential_noise(seeds: np.ndarray, positions: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -33,12 +35,13 @@ def exponential_noise(seeds: np.ndarray, positions: np.ndarray, vocab_size: int)
     A word x becomes u = (x + 0.5) / 2^32 and then -log1p(-u): precise for small u, which is where the
     winners of the exponential race lie, and never zero.
     """
-    groups = np.arange(-(-vocab_size // 4), dtype=np.uint64)[None, :]
+    num_groups = -(-vocab_size // 4)
+    counter = np.zeros((4, len(seeds), num_groups), np.uint64)
+    counter[0] = np.arange(num_groups, dtype=np.uint64)
+    counter[1] = positions[:, None]
     seeds = seeds.astype(np.uint64)[:, None]
-    positions = positions.astype(np.uint64)[:, None]
-    zero = np.zeros((), np.uint64)
-    words = philox4x32((groups, positions, zero, zero), (seeds & _LOW, seeds >> _SHIFT))
-    x = np.stack(words, axis=-1).reshape(len(seeds), -1)[:, :vocab_size]
+    words = philox4x32(counter, np.stack([seeds & _LOW, seeds >> _SHIFT]))
+    x = words.transpose(1, 2, 0).reshape(len(seeds), -1)[:, :vocab_size]
     u = (x.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
     with np.errstate(divide="ignore"):  # u may round to 1: infinite noise, a token that loses
         return -np.log1p(-u)

@@ -53,6 +53,16 @@ def assert_close(got: np.ndarray, expected: np.ndarray, atol: np.ndarray | float
 
 
 @each_dtype
+def test_load_weight(dtype):
+    """Parts in any dtype become one matrix, or vector, in the engine's."""
+    for shapes in ([(5, 7), (1, 7), (3, 7)], [(4, 6)], [(3,), (2,)]):
+        parts = [random(i, shape, DTYPES[i % 3]) for i, shape in enumerate(shapes)]
+        got = NumpyOps(dtype).load_weight(parts)
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, np.concatenate([f64(part) for part in parts]).astype(dtype))
+
+
+@each_dtype
 def test_embedding(dtype):
     table = random(0, (37, 111), dtype)
     ids = np.array([36, 0, 5, 5, 1], np.int32)
@@ -137,7 +147,8 @@ def test_rope_store_kv(dtype, qk_norm, heads, kv_heads, head_dim):
     q_norm, k_norm = (random(seed, (head_dim,), dtype) if qk_norm else None for seed in (2, 3))
     table = rope_table(head_dim, 50)
     positions = rng.integers(0, 50, num_tokens).astype(np.int32)
-    slots = rng.permutation(num_blocks * block_size)[:num_tokens].astype(np.int32)
+    # The last row stays free: there Python's index -1, taken for padding, would write.
+    slots = rng.permutation(num_blocks * block_size - 1)[:num_tokens].astype(np.int32)
     slots[[0, 7]] = -1
     caches = [np.full((num_blocks, block_size, kv_heads, head_dim), np.nan, dtype) for _ in range(2)]
     before = qkv.copy()
@@ -503,6 +514,9 @@ def test_edges_of_the_filters():
     assert support(logits, Rules(min_p=0.74)) == {0, 1}  # 0.3 / 0.4 = 0.75
     assert support(logits, Rules(min_p=0.76)) == {0}
     assert support(logits, Rules(top_k=4)) == support(logits, Rules(top_k=2**31 - 1)) == {0, 1, 2, 3}
+    halves = [0.0, math.log(0.5), math.log(0.5)]
+    assert np.exp(np.float32(halves[1])) == 0.5
+    assert support(halves, Rules(top_p=0.5)) == {0}  # exactly reached
     # top_p counts the mass that top_k and min_p leave: 0.4 of 0.7 is 0.57.
     assert support(logits, Rules(top_k=2, top_p=0.56)) == {0}
     assert support(logits, Rules(top_k=2, top_p=0.58)) == {0, 1}
@@ -577,3 +591,7 @@ def test_logprobs_of_equal_and_huge_logits():
     assert got.top_ids.tolist() == [[1, 2], [0, 3]]  # ties go to the lower id
     assert got.ranks.tolist() == [1, 1]
     np.testing.assert_allclose(got.logprobs, [math.log(1 / (3 + math.exp(-4))), math.log(0.5)], rtol=1e-6)
+
+    many = np.random.default_rng(0).integers(0, 3, 500)  # a sort that is stable for a few need not be for many
+    got = NumpyOps().logprobs(many[None].astype(np.float32), np.array([0]), 300)
+    assert got.top_ids[0].tolist() == sorted(range(500), key=lambda token: -many[token])[:300]

@@ -12,9 +12,9 @@ from mini_vllm.ops.philox import exponential_noise, philox4x32
 PI = 0x243F6A88_85A308D3_13198A2E_03707344, 0xA4093822_299F31D0  # digits of pi
 
 
-def words(value: int, count: int) -> tuple[np.uint64, ...]:
+def words(value: int, count: int) -> np.ndarray:
     """The 32-bit words of a number, the leading one first."""
-    return tuple(np.uint64(value >> 32 * i & 0xFFFFFFFF) for i in reversed(range(count)))
+    return np.array([[value >> 32 * i & 0xFFFFFFFF] for i in reversed(range(count))], np.uint64)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def words(value: int, count: int) -> tuple[np.uint64, ...]:
 )
 def test_known_answers_of_random123(counter, key, expected):
     out = philox4x32(words(counter, 4), words(key, 2))
-    assert " ".join(f"{int(word):08x}" for word in out) == expected
+    assert " ".join(f"{int(word):08x}" for (word,) in out) == expected
 
 
 def philox_plain(counter: list[int], key: list[int]) -> list[int]:
@@ -86,7 +86,7 @@ def test_noise_is_never_zero_or_nan(monkeypatch):
     """The extreme words 0 and 2^32 - 1 give a tiny positive number and infinity: no token wins by a division by 0."""
     extremes = (0, 1, 2**32 - 2, 2**32 - 1)
     monkeypatch.setattr(
-        "mini_vllm.ops.philox.philox4x32", lambda counter, key: tuple(np.full((1, 1), x, np.uint64) for x in extremes)
+        "mini_vllm.ops.philox.philox4x32", lambda counter, key: np.array(extremes, np.uint64).reshape(4, 1, 1)
     )
     noise = exponential_noise(np.zeros(1, np.uint64), np.zeros(1, np.int32), 4)[0]
     np.testing.assert_allclose(noise[:2], [0.5 * 2.0**-32, 1.5 * 2.0**-32], rtol=2**-23)
