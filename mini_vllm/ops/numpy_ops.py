@@ -39,6 +39,7 @@ class NumpyOps:
 
     def __init__(self, dtype: np.dtype | type = np.float32) -> None:
         self.dtype = np.dtype(dtype)
+        self._gathered = [np.empty(0, self.dtype), np.empty(0, self.dtype)]  # keys, values; see _gather_kv
 
     def _round(self, x: np.ndarray) -> np.ndarray:
         return x.astype(self.dtype, copy=False)
@@ -162,22 +163,30 @@ class NumpyOps:
                 )[0]
         return self._round(out.reshape(len(q), -1))
 
-    @staticmethod
     def _gather_kv(
-        k_cache: Array, v_cache: Array, block_tables: Array, seq_lens: Array
+        self, k_cache: Array, v_cache: Array, block_tables: Array, seq_lens: Array
     ) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of some sequences as [sequences, longest, Hkv, D] float32, zero after a sequence's end.
 
-        Zero, because the mask cannot undo what another sequence may have left there: 0 * NaN is NaN.
+        Zero, because the mask cannot undo what another sequence may have left there: 0 * NaN is NaN. They are
+        gathered into buffers that are kept, since fresh memory of that size costs a page fault every 4 KiB.
         """
         block_size, longest = k_cache.shape[1], seq_lens.max()
         tables = block_tables[:, : -(-longest // block_size)]
-        shape = (len(tables), -1, *k_cache.shape[2:])
-        k, v = (_f32(cache[tables]).reshape(shape)[:, :longest] for cache in (k_cache, v_cache))
         after_end = np.arange(longest) >= seq_lens[:, None]
-        if after_end.any():
-            k[after_end] = v[after_end] = 0
-        return k, v
+        padded = after_end.any()
+        gathered = []
+        for i, cache in enumerate((k_cache, v_cache)):
+            size = tables.size * cache[0].size
+            if self._gathered[i].size < size:
+                self._gathered[i] = np.empty(2 * size, self.dtype)
+            out = self._gathered[i][:size].reshape(*tables.shape, *cache.shape[1:])
+            cache.take(tables, axis=0, out=out, mode="clip")  # "raise" would go through a buffer of its own
+            out = _f32(out).reshape(len(tables), -1, *cache.shape[2:])[:, :longest]
+            if padded:
+                out[after_end] = 0
+            gathered.append(out)
+        return gathered[0], gathered[1]
 
     @staticmethod
     def _attend(
