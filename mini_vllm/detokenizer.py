@@ -87,9 +87,10 @@ class IncrementalDetokenizer:
     def _decode(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
-        data = self._tokenizer.token_bytes(token_id, at_start=self._at_start)
-        if data:
+        data = self._tokenizer.token_bytes(token_id)
+        if data and self._at_start:  # the first token with text, which may lose all of it
             self._at_start = False
+            data = self._tokenizer.token_bytes(token_id, at_start=True)
         return self._utf8.decode(data)
 
     def _until_stop(self, new: str) -> str:

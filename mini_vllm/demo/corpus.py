@@ -21,8 +21,8 @@ _STORY_START = re.compile(
     r"|There (once )?(was|were|lived) (once |a certain )|There once (was|lived)"
     r"|(A|An|The|Two|Three) [\w' -]{3,30} (was|were|had|lived|dwelt|there) once\b"
 )
-# 'Such' speech: from an opening mark to one that follows punctuation, or to the paragraph's end where the speaker
-# goes on in the next. An apostrophe inside a word or before 'tis and its like neither opens nor closes one.
+# 'Such' speech: from an opening mark to one that follows punctuation, or to the paragraph's end: where a speaker goes
+# on in the next paragraph, printers leave the first open. An apostrophe in a word or before 'tis is no mark.
 _OPENING = r"(?<!\w)'(?!(?:tis|twas|twill|em)\b)"
 _SPEECH = re.compile(_OPENING + r"((?:(?!\s')[^\"])*?)(?:(?<=[.,!?;:-])'(?!\w)|$)", re.I)
 _FIRST_MARK = re.compile(_OPENING + r'|"', re.I)

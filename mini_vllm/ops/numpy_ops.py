@@ -139,7 +139,8 @@ class NumpyOps:
         scale: float,
         window: int | None = None,
     ) -> Array:
-        if meta.max_seqlen_q == 1:  # a pure decode step: all sequences at once, padded to the longest
+        # A pure decode step: all sequences at once, padded to the longest.
+        if meta.max_seqlen_q == 1 and len(q) == len(meta.seq_lens):
             k, v = self._gather_kv(k_cache, v_cache, meta.block_tables, meta.seq_lens)
             out = self._attend(q[:, None], k, v, meta.seq_lens[:, None] - 1, scale, window)
             return self._round(out.reshape(len(q), -1))

@@ -46,9 +46,7 @@ def test_editors_are_silent_and_stories_apart(stories):
 
 def test_quotation_marks_are_of_one_kind(stories):
     assert stories[0][1] == '"Well," said the king\'s cat, "say \'miaow\' for me." "That," said he, "is easy!"'
-    assert stories[0][2:4] == ['"I shall come again,', '"and again," it said.'], (
-        "a speech may go on in the next paragraph"
-    )
+    assert stories[0][2:4] == ['"I shall come again,"', '"and again," it said.'], "each paragraph closes its speech"
     assert stories[0][4] == "So he did, for 'tis the cats' way.", "an apostrophe is no quotation mark"
     assert stories[1][1] == "\"Who is it?\" cried the 'widow.'", "this edition has the right marks already"
 

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mini_vllm.engine.model_input import build_model_input, num_scored_tokens
@@ -38,6 +38,7 @@ def plans(draw) -> tuple[SchedulerOutput, int]:
     return output, block_size
 
 
+@settings(deadline=None)
 @given(plans())
 def test_against_a_loop_over_tokens(plan):
     output, block_size = plan

@@ -227,9 +227,10 @@ class Paged:
             max_seqlen_k=max(self.seq_lens),
         )
 
-    def check(self, scale: float, window: int | None) -> None:
+    def check(self, scale: float, window: int | None, ops: NumpyOps | None = None) -> None:
         """Compare `NumpyOps.attention` with one softmax a query and head over the contiguous keys."""
-        out = NumpyOps(self.dtype).attention(self.q, self.k_cache, self.v_cache, self.meta, scale, window)
+        ops = ops or NumpyOps(self.dtype)
+        out = ops.attention(self.q, self.k_cache, self.v_cache, self.meta, scale, window)
         out = out.reshape(self.q.shape)
         row = 0
         for query_len, seq_len, keys, values in zip(
@@ -267,8 +268,17 @@ def test_attention_heads(heads, kv_heads, head_dim):
     Paged([1, 5, 1], [9, 6, 17], 4, heads, kv_heads, head_dim, DTYPES[0]).check(head_dim**-0.5, None)
 
 
-@pytest.mark.parametrize(("query_lens", "seq_lens"), [([1, 1, 1], [1, 1, 1]), ([1] * 5, [16, 17, 15, 32, 1])])
-def test_attention_when_all_decode(query_lens, seq_lens):
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens"),
+    [
+        ([1], [1]),
+        ([1, 1, 1], [1, 1, 1]),
+        ([1] * 5, [16, 17, 15, 32, 1]),
+        ([1, 0, 1, 0], [5, 9, 3, 0]),
+        ([0, 2], [4, 5]),
+    ],
+)
+def test_attention_of_short_steps(query_lens, seq_lens):
     Paged(query_lens, seq_lens, 16, 2, 1, 8, DTYPES[0]).check(1.0, None)
 
 
@@ -277,6 +287,24 @@ def test_attention_when_all_decode(query_lens, seq_lens):
 def test_attention_of_long_chunks_in_tiles(tile, window, monkeypatch):
     monkeypatch.setattr(numpy_ops, "QUERY_TILE", tile)
     Paged([5, 20, 1, 4], [5, 31, 8, 12], 4, 2, 2, 8, DTYPES[0]).check(0.35, window)
+
+
+@each_dtype
+def test_attention_does_not_depend_on_earlier_calls(dtype):
+    """Whatever memory the backend keeps between steps: large, small and mixed steps in turn."""
+    ops = NumpyOps(dtype)
+    shape = {"block_size": 4, "heads": 2, "kv_heads": 1, "head_dim": 8, "dtype": dtype}
+    for query_lens, seq_lens in (([1] * 6, [60, 3, 9, 4, 33, 1]), ([1, 1], [2, 7]), ([4, 1], [6, 70]), ([1], [1])):
+        for window in (None, 3):
+            Paged(query_lens, seq_lens, **shape).check(0.35, window, ops)
+
+
+def test_attention_leaves_its_inputs_as_they_are():
+    case = Paged(**MIXED, block_size=4, heads=4, kv_heads=2, head_dim=8, dtype=DTYPES[0])
+    before = [array.copy() for array in (case.q, case.k_cache, case.v_cache)]
+    NumpyOps().attention(case.q, case.k_cache, case.v_cache, case.meta, 0.35)
+    for array, copy in zip((case.q, case.k_cache, case.v_cache), before, strict=True):
+        np.testing.assert_array_equal(array, copy)
 
 
 def test_attention_survives_large_scores():
