@@ -53,7 +53,9 @@ def build_model_input(output: SchedulerOutput, block_size: int) -> ModelInput:
     seq_lens = starts + query_lens
     sample_indices = cu_seqlens_q[1:][[s.samples for s in scheduled]] - 1
     score_indices = [
-        cu_seqlens_q[row] + np.arange(num_scored_tokens(s), dtype=np.int32) for row, s in enumerate(scheduled)
+        cu_seqlens_q[row] + np.arange(count, dtype=np.int32)
+        for row, s in enumerate(scheduled)
+        if (count := num_scored_tokens(s))
     ]
     return ModelInput(
         input_ids=np.array(input_ids, np.int32),

@@ -67,8 +67,8 @@ class NumpyOps:
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         x = _f32(x)
-        mean_square = np.vecdot(x, x)[..., None] / np.float32(x.shape[-1])
-        return self._round(x / np.sqrt(mean_square + np.float32(eps)) * _f32(weight))
+        mean_square = np.vecdot(x, x)[..., None] / x.shape[-1]
+        return self._round(x / np.sqrt(mean_square + eps) * _f32(weight))
 
     def add_rms_norm(self, x: Array, residual: Array, weight: Array, eps: float) -> tuple[Array, Array]:
         residual = self._round(_f32(x) + _f32(residual))
@@ -174,8 +174,7 @@ class NumpyOps:
         """
         block_size, longest = k_cache.shape[1], seq_lens.max()
         tables = block_tables[:, : -(-longest // block_size)]
-        after_end = np.arange(longest) >= seq_lens[:, None]
-        padded = after_end.any()
+        padding = np.arange(longest) >= seq_lens[:, None] if len(seq_lens) > 1 else None
         gathered = []
         for i, cache in enumerate((k_cache, v_cache)):
             size = tables.size * cache[0].size
@@ -184,8 +183,8 @@ class NumpyOps:
             out = self._gathered[i][:size].reshape(*tables.shape, *cache.shape[1:])
             cache.take(tables, axis=0, out=out, mode="clip")  # "raise" would go through a buffer of its own
             out = _f32(out).reshape(len(tables), -1, *cache.shape[2:])[:, :longest]
-            if padded:
-                out[after_end] = 0
+            if padding is not None:
+                out[padding] = 0
             gathered.append(out)
         return gathered[0], gathered[1]
 
@@ -198,12 +197,12 @@ class NumpyOps:
         num_kv_heads = k.shape[2]
         # The query heads that share a KV head become rows of one matrix, so no key is copied per query head.
         grouped = _f32(q).reshape(batch, length, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-        rows = grouped.reshape(batch, num_kv_heads, -1, head_dim) * np.float32(scale)
+        rows = grouped.reshape(batch, num_kv_heads, -1, head_dim) * scale
         scores = rows @ k.transpose(0, 2, 3, 1)
 
-        distance = positions[:, :, None] - np.arange(k.shape[1])  # [B, L, keys]
-        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        if hidden.any():
+        if window is not None or positions.min() + 1 < k.shape[1]:  # else every query sees every key
+            distance = positions[:, :, None] - np.arange(k.shape[1])  # [B, L, keys]
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
             by_query = scores.reshape(*grouped.shape[:4], -1)  # a view: [B, Hkv, heads of a group, L, keys]
             by_query += np.where(hidden, np.float32(-np.inf), np.float32(0))[:, None, None]
 
