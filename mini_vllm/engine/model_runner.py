@@ -5,23 +5,26 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
 
 from mini_vllm.config import EngineConfig, ModelConfig
-from mini_vllm.engine.model_input import build_model_input, num_scored_tokens
+from mini_vllm.engine.model_input import ModelInput, build_model_input, num_scored_tokens
 from mini_vllm.engine.sampler import build_sampling_batch
 from mini_vllm.models.kv_cache import KVCache
 from mini_vllm.models.registry import LOADERS
 from mini_vllm.models.weights import Checkpoint, DummyWeights
-from mini_vllm.ops.base import Array, Ops, TokenLogprobs, map_arrays
+from mini_vllm.ops.base import Array, AttentionMetadata, Ops, SamplingBatch, TokenLogprobs, map_arrays
 from mini_vllm.scheduling.scheduler import SchedulerOutput
 from mini_vllm.scheduling.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
 CPU_KV_CACHE_MEMORY = 4 << 30  # bytes; pages of it that no sequence reaches are never touched
+Columns = TypeVar("Columns", ModelInput, AttentionMetadata, SamplingBatch)
+
 SCORED_ROWS = 256  # prompt tokens scored at once: bounds the logits of prompt_logprobs to 256 x vocabulary
 
 
@@ -53,6 +56,7 @@ class ModelRunner:
         self.model = LOADERS[model_config.architecture](model_config, source, ops, wanted)
         self._graphs = None
         if ops.device == "cuda":
+            ops.finish_loading()
             ops.prepare(model_config.head_dim)
         memory = config.kv_cache_memory or CPU_KV_CACHE_MEMORY
         if ops.device == "cuda" and config.kv_cache_memory is None and config.num_kv_blocks is None:
@@ -81,7 +85,7 @@ class ModelRunner:
             if not asked and batch.is_simple:
                 return StepResult(self._graphs.sample(len(sampling)), None, [])
         else:
-            inp, attn = map_arrays(host, ops.to_device), map_arrays(host.attn, ops.to_device)
+            inp, attn = self._to_device(host), self._to_device(host.attn)
             hidden = self.model.forward(inp.input_ids, inp.positions, attn, self.kv, inp.logits_indices)
             logits = self.model.logits(hidden[: len(sampling)]) if sampling else None
 
@@ -89,11 +93,15 @@ class ModelRunner:
         logprobs = None
         if sampling:
             raw = logits.copy() if asked else None  # sampling may overwrite them
-            sampled = ops.sample(logits, map_arrays(batch, ops.to_device))
+            sampled = ops.sample(logits, self._to_device(batch))
             if asked:
                 logprobs = map_to_host(ops, ops.logprobs(raw, sampled, max(asked)))
             token_ids = ops.to_host(sampled).tolist()
         return StepResult(token_ids, logprobs, self._score_prompts(output, hidden, len(sampling)))
+
+    def _to_device(self, columns: Columns) -> Columns:
+        """A dataclass of host arrays with its arrays on the device."""
+        return columns if self.ops.device == "cpu" else map_arrays(columns, self.ops.to_device)
 
     def _score_prompts(
         self, output: SchedulerOutput, hidden: Array | None, row: int

@@ -18,7 +18,7 @@ QUERY_TILE = 256  # queries attended at once in a prefill: bounds the score matr
 
 
 def _f32(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float32, copy=False)
+    return x if x.dtype == np.float32 else x.astype(np.float32)  # the test is cheaper than astype's own
 
 
 def _halves(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +42,7 @@ class NumpyOps:
         self._gathered = [np.empty(0, self.dtype), np.empty(0, self.dtype)]  # keys, values; see _gather_kv
 
     def _round(self, x: np.ndarray) -> np.ndarray:
-        return x.astype(self.dtype, copy=False)
+        return x if x.dtype == self.dtype else x.astype(self.dtype)
 
     # ---- memory -------------------------------------------------------------------------------------------
 
@@ -100,8 +100,8 @@ class NumpyOps:
 
     def store_kv(self, k: Array, v: Array, k_cache: Array, v_cache: Array, slot_mapping: Array) -> None:
         """Scatter k and v [T, Hkv, D] into the cache rows slot_mapping [T]; -1 is padding."""
-        real = slot_mapping >= 0
-        if not real.all():
+        if slot_mapping.min(initial=0) < 0:
+            real = slot_mapping >= 0
             k, v, slot_mapping = k[real], v[real], slot_mapping[real]
         for values, cache in ((k, k_cache), (v, v_cache)):
             cache.reshape(-1, *cache.shape[2:])[slot_mapping] = values
@@ -122,8 +122,9 @@ class NumpyOps:
         heads = qkv.reshape(len(qkv), -1, head_dim)
         qk, v = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
         if q_norm is not None:
-            num_heads = qk.shape[1] - num_kv_heads
-            qk = self.rms_norm(qk, np.stack([q_norm, k_norm]).repeat([num_heads, num_kv_heads], axis=0), eps)
+            weights = np.empty(qk.shape[1:], q_norm.dtype)
+            weights[:-num_kv_heads], weights[-num_kv_heads:] = q_norm, k_norm
+            qk = self.rms_norm(qk, weights, eps)
         qk = self.rope(qk, positions, rope_table)
         self.store_kv(qk[:, -num_kv_heads:], v, k_cache, v_cache, slot_mapping)
         return qk[:, :-num_kv_heads]
