@@ -1,0 +1,175 @@
+// Hopper's asynchronous tensor-core products and the barriers that order them. sm_90a only.
+//
+// A warpgroup (4 warps) multiplies 64 rows at once; warp w holds rows 16 w to 16 w + 15 of the result, in the layout
+// of mma.cuh's C fragments, and of A where A comes from registers. Shared-memory operands are read by the tensor
+// cores themselves, from tiles of rows of 128 bytes (64 16-bit values) in which the 16-byte piece number c of row r
+// lies at place c ^ (r % 8): the "128-byte swizzle", without which all pieces of a column would be in one bank.
+// Tiles start at multiples of 1024 bytes; wider matrices are several tiles beside one another.
+#pragma once
+
+#include "common.cuh"
+
+constexpr int SWIZZLE_ROW = 128;  // bytes
+
+#if __CUDA_ARCH__ == 900 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HAS_WGMMA 1
+
+// ---- barriers in shared memory --------------------------------------------------------------------------------
+
+// A phase of the barrier completes with its `count`-th arrival; phases alternate in parity, starting with 0.
+__device__ inline void mbarrier_init(uint32_t barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ inline void mbarrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives when all cp.async of this thread so far have written their data.
+__device__ inline void mbarrier_arrive_after_cp_async(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Waits for the phase of the given parity to complete.
+__device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
+    uint32_t done;
+    do {
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+    } while (!done);
+}
+
+// What ordinary instructions (cp.async too) have written to shared memory becomes visible to the tensor cores.
+__device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Barrier number `id` (1 to 15; 0 is __syncthreads) of THREADS threads: to meet there, or to arrive and go on.
+template <int THREADS>
+__device__ inline void named_barrier(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+template <int THREADS>
+__device__ inline void named_barrier_arrive(int id) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
+// Registers of a thread may be handed from one warpgroup to another: the sum over the block cannot grow.
+template <int REGISTERS>
+__device__ inline void register_limit_lower() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ inline void register_limit_raise() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// ---- products -------------------------------------------------------------------------------------------------
+
+// Describes an operand to the tensor cores: where it starts (in a tile's first 8 rows) and how far the next 8 rows are.
+// `tile_stride`: bytes to the tile beside it, for operands whose rows run along the columns of the result.
+__device__ inline uint64_t matrix_descriptor(uint32_t address, int tile_stride = 16) {
+    constexpr uint64_t GROUP_STRIDE = 8 * SWIZZLE_ROW, SWIZZLE_128 = 1ull << 62;
+    return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(tile_stride >> 4) << 16 | GROUP_STRIDE >> 4 << 32 | SWIZZLE_128;
+}
+
+// Registers that a product reads or writes are handed over by wgmma_fence, and are ours again after wgmma_wait.
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ inline void wgmma_wait() {  // until at most N of the latest groups are still running
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// Keeps the compiler from moving accesses to registers of a running product across this point.
+template <int N>
+__device__ inline void pin(float (&c)[N][4]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+    }
+}
+
+template <typename T>
+constexpr bool IS_BF16 = false;
+template <>
+constexpr bool IS_BF16<bf16> = true;
+
+#define C1(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define C8(i) C1(i), C1(i + 1), C1(i + 2), C1(i + 3), C1(i + 4), C1(i + 5), C1(i + 6), C1(i + 7)
+#define REGISTERS_32                                                                                         \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "  \
+    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define REGISTERS_64                                                                                         \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "  \
+    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "   \
+    "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "   \
+    "%62, %63}"
+
+// c = A B^T, or c += A B^T: A [64, 16], B [8 N, 16], both tiles of rows along the summed dimension.
+#define WGMMA_ROWS(SHAPE, TYPE, REGISTERS, A, B, ACCUMULATE)                                              \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" ACCUMULATE ", 0; wgmma.mma_async.sync.aligned." SHAPE \
+                 ".f32." TYPE " " REGISTERS ", %" A ", %" B ", p, 1, 1, 0, 0; }"                          \
+                 : OPERANDS                                                                               \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
+
+template <typename T>
+__device__ inline void wgmma(float (&c)[8][4], uint64_t a, uint64_t b, bool accumulate) {
+#define OPERANDS C8(0)
+    if constexpr (IS_BF16<T>) {
+        WGMMA_ROWS("m64n64k16", "bf16.bf16", REGISTERS_32, "32", "33", "34");
+    } else {
+        WGMMA_ROWS("m64n64k16", "f16.f16", REGISTERS_32, "32", "33", "34");
+    }
+#undef OPERANDS
+}
+
+template <typename T>
+__device__ inline void wgmma(float (&c)[16][4], uint64_t a, uint64_t b, bool accumulate) {
+#define OPERANDS C8(0), C8(8)
+    if constexpr (IS_BF16<T>) {
+        WGMMA_ROWS("m64n128k16", "bf16.bf16", REGISTERS_64, "64", "65", "66");
+    } else {
+        WGMMA_ROWS("m64n128k16", "f16.f16", REGISTERS_64, "64", "65", "66");
+    }
+#undef OPERANDS
+}
+
+// c += A B: A [64, 16] from registers, B [16, 8 N] as tiles of rows along the columns of c.
+#define WGMMA_COLUMNS(SHAPE, TYPE, REGISTERS, A0, A1, A2, A3, B)                                               \
+    asm volatile("{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE " " REGISTERS \
+                 ", {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B ", p, 1, 1, 1; }"                              \
+                 : OPERANDS                                                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+template <typename T>
+__device__ inline void wgmma(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
+#define OPERANDS C8(0)
+    if constexpr (IS_BF16<T>) {
+        WGMMA_COLUMNS("m64n64k16", "bf16.bf16", REGISTERS_32, "32", "33", "34", "35", "36");
+    } else {
+        WGMMA_COLUMNS("m64n64k16", "f16.f16", REGISTERS_32, "32", "33", "34", "35", "36");
+    }
+#undef OPERANDS
+}
+
+template <typename T>
+__device__ inline void wgmma(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
+#define OPERANDS C8(0), C8(8)
+    if constexpr (IS_BF16<T>) {
+        WGMMA_COLUMNS("m64n128k16", "bf16.bf16", REGISTERS_64, "64", "65", "66", "67", "68");
+    } else {
+        WGMMA_COLUMNS("m64n128k16", "f16.f16", REGISTERS_64, "64", "65", "66", "67", "68");
+    }
+#undef OPERANDS
+}
+
+#undef C1
+#undef C8
+#undef REGISTERS_32
+#undef REGISTERS_64
+#undef WGMMA_ROWS
+#undef WGMMA_COLUMNS
+
+#endif

@@ -1,0 +1,327 @@
+// CARD
+#include "mma.cuh"
+#include "ragged.cuh"
+#include "softmax_state.cuh"
+
+constexpr int WARPS = 4;
+constexpr int THREADS = WARPS * WARP_SIZE;
+constexpr int WARP_KEYS = 16;  // keys of a warp in a tile: the M of an mma
+constexpr int TILE_KEYS = WARPS * WARP_KEYS;
+constexpr int STAGES = 2;       // tiles in shared memory
+constexpr int LONG_SHARE = 16;  // tiles of a block from which on all blocks work
+
+// Four columns of a result under way: sum_j 2^(s_j - m) v_j.
+struct PartialResult {
+    SoftmaxState softmax;
+    float4 o = {};
+
+    __device__ void raise(float score) {
+        const float factor = softmax.raise(score);
+        o = make_float4(o.x * factor, o.y * factor, o.z * factor, o.w * factor);
+    }
+
+    // Adds a result over other keys, whose maximum must not exceed this one's.
+    __device__ void add(const SoftmaxState& other, const float4& other_o) {
+        const float weight = softmax.add(other);
+        o.x += weight * other_o.x, o.y += weight * other_o.y, o.z += weight * other_o.z, o.w += weight * other_o.w;
+    }
+};
+
+template <typename T, int D, int N_TILES>
+__global__ void __launch_bounds__(THREADS)
+    paged_attention(T* __restrict__ out, const T* __restrict__ q, const T* __restrict__ k_cache,
+                    const T* __restrict__ v_cache, const int* __restrict__ cu_seqlens_q,
+                    const int* __restrict__ seq_lens, const int* __restrict__ block_tables,
+                    uint8_t* __restrict__ partials, int* __restrict__ arrivals, int few_blocks, int num_sequences,
+                    int max_blocks, int block_size, int num_kv_heads, int group_size, float scale, int window) {
+    constexpr int HEADS = 8 * N_TILES;                        // query heads of a block, some may be padding
+    constexpr int ROW = D + 8;                                // padded rows, so that ldmatrix meets no bank twice
+    constexpr int HALF_STAGE = WARP_KEYS * ROW * sizeof(T);   // bytes of a warp's keys, or values, of one tile
+    constexpr int WARP_BYTES = STAGES * 2 * HALF_STAGE;
+    // A partial result, in shared or global memory: SoftmaxState [HEADS], then float [HEADS][O_ROW].
+    constexpr int O_ROW = D + 4;
+    constexpr int STATE_BYTES = HEADS * sizeof(SoftmaxState), O_ROW_BYTES = O_ROW * sizeof(float);
+    constexpr int RESULT_BYTES = STATE_BYTES + HEADS * O_ROW_BYTES;
+    constexpr int COLUMNS = div_ceil(HEADS * D / 4, THREADS);  // of 4 elements, that a thread merges
+    static_assert(D % 16 == 0 && RESULT_BYTES <= WARP_BYTES);
+
+    extern __shared__ __align__(16) uint8_t shared[];  // [WARPS][STAGES][keys, values][WARP_KEYS][ROW]
+    __shared__ bool is_last;
+
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
+    const int group = lane / 4, pair = lane % 4 * 2;
+    uint8_t* warp_shared = shared + warp * WARP_BYTES;  // the tiles, and when they are done the warp's result
+    const uint32_t stages = shared_address(warp_shared);
+
+    // ---- this block's share of all tiles of all sequences and heads, in this order: sequence, head, tile ----
+    const int head_parts = div_ceil(group_size, HEADS);
+    const int num_heads = num_kv_heads * head_parts;  // blocks that read a key: one a KV head, unless groups are large
+    const auto num_tiles = [&](int i) {               // of one head; a padding sequence has one, which writes zeros
+        const bool decodes = cu_seqlens_q[i + 1] - cu_seqlens_q[i] == 1;
+        return decodes ? max(1, div_ceil(min(seq_lens[i], window), TILE_KEYS)) : 0;
+    };
+    int share;  // tiles of a block; those of block b begin at b share
+    const RaggedPlace place = find_ragged<THREADS>(
+        num_sequences, [&](int i) { return num_tiles(i) * num_heads; },
+        [&](int total) {
+            // A small batch goes to few_blocks: they keep the memory as busy, and leave less to merge.
+            share = max(div_ceil(total, static_cast<int>(gridDim.x)), min(div_ceil(total, few_blocks), LONG_SHARE));
+            return min(static_cast<int>(blockIdx.x) * share, total);
+        });
+    const int begin = blockIdx.x * share, end = min(begin + share, place.total);
+
+    griddepcontrol_wait();  // so far only lengths have been read, which no kernel of the step writes
+    griddepcontrol_launch_dependents();
+
+    int sequence = place.sequence, item = place.item;
+    for (int next = begin; next < end;) {
+        // ---- one piece of work: tiles [first_tile, first_tile + count) of one sequence and head ----
+        const int tiles = num_tiles(sequence);
+        const int head = item / tiles, first_tile = item % tiles;
+        const int count = min(tiles - first_tile, end - next);
+        const int kv_head = head / head_parts, first_member = head % head_parts * HEADS;
+        const int members = min(HEADS, group_size - first_member);
+        const int64_t q_row = (static_cast<int64_t>(cu_seqlens_q[sequence]) * num_kv_heads + kv_head) * group_size + first_member;
+        const int seq_len = seq_lens[sequence];
+        const int warp_begin = max(0, seq_len - window) + first_tile * TILE_KEYS + warp * WARP_KEYS;
+        const int* block_table = block_tables + static_cast<int64_t>(sequence) * max_blocks;
+
+        // Lanes 0 to 15, and again 16 to 31, know the cache slots of the warp's keys in a tile; -1 beyond the end.
+        const auto find_slot = [&](int tile) {
+            const int key = warp_begin + tile * TILE_KEYS + lane % WARP_KEYS;
+            return tile < count && key < seq_len ? block_table[key / block_size] * block_size + key % block_size : -1;
+        };
+        const auto load = [&](int tile, int lane_slot) {
+            const uint32_t stage = stages + tile % STAGES * (2 * HALF_STAGE);
+#pragma unroll
+            for (int kv = 0; kv < 2; kv++) {  // two groups: the scores need not wait for the values
+                const T* cache = kv == 0 ? k_cache : v_cache;
+#pragma unroll
+                for (int i = 0; i < WARP_KEYS * (D / 8) / WARP_SIZE; i++) {
+                    const unsigned chunk = i * WARP_SIZE + lane;
+                    const int row = chunk / (D / 8), column = chunk % (D / 8) * 8;
+                    const int slot = __shfl_sync(FULL_MASK, lane_slot, row);
+                    const int64_t offset = (static_cast<int64_t>(slot) * num_kv_heads + kv_head) * D + column;
+                    cp_async_16(stage + kv * HALF_STAGE + (row * ROW + column) * sizeof(T), cache + offset, slot >= 0);
+                }
+                cp_async_commit();
+            }
+        };
+
+        int slots[STAGES];
+#pragma unroll
+        for (int i = 0; i < STAGES; i++) slots[i] = find_slot(i);
+#pragma unroll
+        for (int i = 0; i < STAGES - 1; i++) load(i, slots[i]);
+        int slot_ahead = slots[STAGES - 1];
+
+        // Q^T as B fragments; padding heads are zero.
+        uint32_t q_b[D / 16][N_TILES][2];
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) {
+#pragma unroll
+            for (int n = 0; n < N_TILES; n++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const T* p = q + (q_row + n * 8 + group) * D + k * 16 + i * 8 + pair;
+                    q_b[k][n][i] = n * 8 + group < members ? *reinterpret_cast<const uint32_t*>(p) : 0;
+                }
+            }
+        }
+
+        const float scale_log2 = scale * LOG2_E;
+        float o[D / 16][N_TILES][4] = {};  // O^T: rows d, columns heads
+        SoftmaxState softmax[N_TILES][2];  // of heads pair and pair + 1; `sum` only over this lane's keys
+
+        // Where this lane's row of an ldmatrix lies: of keys as they are, of values transposed.
+        const uint32_t k_lane = ((lane % 16) * ROW + lane / 16 * 8) * sizeof(T);
+        const uint32_t v_lane = ((lane % 8 + lane / 16 * 8) * ROW + lane / 8 % 2 * 8) * sizeof(T);
+
+        for (int tile = 0; tile < count; tile++) {
+            __syncwarp();  // all lanes are done with the stage that is filled next
+            load(tile + STAGES - 1, slot_ahead);
+            slot_ahead = find_slot(tile + STAGES);
+            cp_async_wait<2 * STAGES - 1>();
+            __syncwarp();  // the keys are there
+
+            // S^T = K Q^T, in two chains of half the length
+            float s[N_TILES][2][4] = {};
+            const uint32_t stage = stages + tile % STAGES * (2 * HALF_STAGE);
+#pragma unroll
+            for (int k = 0; k < D / 16; k++) {
+                uint32_t a[4];
+                ldmatrix_x4(a, stage + k_lane + k * 16 * sizeof(T));
+#pragma unroll
+                for (int n = 0; n < N_TILES; n++) mma<T>(s[n][k % 2], a, q_b[k][n][0], q_b[k][n][1]);
+            }
+
+            const int first_key = warp_begin + tile * TILE_KEYS;
+            bool risen = false;
+#pragma unroll
+            for (int n = 0; n < N_TILES; n++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const bool visible = first_key + group + e / 2 * 8 < seq_len;
+                    s[n][0][e] = visible ? (s[n][0][e] + s[n][1][e]) * scale_log2 : -INF;
+                    risen |= s[n][0][e] > softmax[n][e % 2].max;
+                }
+            }
+            // The maximum over the keys is a trip around the warp, made only when it has risen for some lane.
+            if (__any_sync(FULL_MASK, risen)) {
+#pragma unroll
+                for (int n = 0; n < N_TILES; n++) {
+#pragma unroll
+                    for (int column = 0; column < 2; column++) {
+                        float top = fmaxf(s[n][0][column], s[n][0][column + 2]);
+#pragma unroll
+                        for (int offset = 4; offset < WARP_SIZE; offset *= 2) {
+                            top = fmaxf(top, __shfl_xor_sync(FULL_MASK, top, offset));
+                        }
+                        const float factor = softmax[n][column].raise(top);
+#pragma unroll
+                        for (int m = 0; m < D / 16; m++) {
+                            o[m][n][column] *= factor;
+                            o[m][n][column + 2] *= factor;
+                        }
+                    }
+                }
+            }
+
+            // P^T, rounded to T, as B fragments
+            uint32_t p[N_TILES][2];
+#pragma unroll
+            for (int n = 0; n < N_TILES; n++) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const float first = softmax[n][0].add(s[n][0][2 * half]);
+                    const float second = softmax[n][1].add(s[n][0][2 * half + 1]);
+                    p[n][half] = movmatrix_trans(pack<T>(first, second));
+                }
+            }
+
+            cp_async_wait<2 * STAGES - 2>();
+            __syncwarp();  // the values are there
+
+            // O^T += V^T P^T
+#pragma unroll
+            for (int m = 0; m < D / 16; m++) {
+                uint32_t a[4];
+                ldmatrix_x4_trans(a, stage + HALF_STAGE + v_lane + m * 16 * sizeof(T));
+#pragma unroll
+                for (int n = 0; n < N_TILES; n++) mma<T>(o[m][n], a, p[n][0], p[n][1]);
+            }
+        }
+
+        // ---- merge the warps, through the shared memory that the keys and values have left ----
+        cp_async_wait<0>();
+        __syncwarp();
+        SoftmaxState* warp_states = reinterpret_cast<SoftmaxState*>(warp_shared);
+        float* warp_o = reinterpret_cast<float*>(warp_shared + STATE_BYTES);
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++) {
+#pragma unroll
+            for (int column = 0; column < 2; column++) {
+                SoftmaxState& state = softmax[n][column];
+#pragma unroll
+                for (int offset = 4; offset < WARP_SIZE; offset *= 2) {
+                    state.sum += __shfl_xor_sync(FULL_MASK, state.sum, offset);
+                }
+                const int member = n * 8 + pair + column;
+                if (group == 0) warp_states[member] = state;
+#pragma unroll
+                for (int m = 0; m < D / 16; m++) {
+                    warp_o[member * O_ROW + m * 16 + group] = o[m][n][column];
+                    warp_o[member * O_ROW + m * 16 + group + 8] = o[m][n][column + 2];
+                }
+            }
+        }
+        __syncthreads();
+
+        PartialResult merged[COLUMNS];
+        const auto for_each_column = [&](auto f) {  // f(this thread's i-th result, its head, its first element)
+#pragma unroll
+            for (int i = 0; i < COLUMNS; i++) {
+                const int column = i * THREADS + threadIdx.x;
+                if (column < members * (D / 4)) f(merged[i], column / (D / 4), column % (D / 4) * 4);
+            }
+        };
+        const auto merge = [&](int num_results, int stride) {  // results in shared memory, `stride` bytes apart
+            for_each_column([&](PartialResult& own, int member, int d) {
+                const auto state = [&](int k) { return reinterpret_cast<SoftmaxState*>(shared + k * stride)[member]; };
+                const uint8_t* o_column = shared + STATE_BYTES + member * O_ROW_BYTES + d * sizeof(float);
+                float top = state(0).max;
+#pragma unroll 4
+                for (int k = 1; k < num_results; k++) top = fmaxf(top, state(k).max);
+                own.raise(top);
+#pragma unroll 4
+                for (int k = 0; k < num_results; k++) {
+                    own.add(state(k), *reinterpret_cast<const float4*>(o_column + k * stride));
+                }
+            });
+        };
+        const auto write_out = [&] {
+            for_each_column([&](const PartialResult& own, int member, int d) {
+                const float inverse = own.softmax.inverse_sum();
+                *reinterpret_cast<uint2*>(out + (q_row + member) * D + d) = make_uint2(
+                    pack<T>(own.o.x * inverse, own.o.y * inverse), pack<T>(own.o.z * inverse, own.o.w * inverse));
+            });
+        };
+        merge(WARPS, WARP_BYTES);
+
+        // ---- merge the blocks that share this sequence and head: first_block to last_block ----
+        const int tiles_begin = next - first_tile;  // where the tiles of this sequence and head begin
+        const int first_block = tiles_begin / share, last_block = (tiles_begin + tiles - 1) / share;
+        if (first_block == last_block) {
+            write_out();
+        } else {
+            // At most the first and the last piece of a block are shared: it has two places for partial results.
+            const auto result_of = [&](int block) {
+                return partials + (2 * block + (block * share < tiles_begin)) * static_cast<int64_t>(RESULT_BYTES);
+            };
+            uint8_t* result = result_of(blockIdx.x);
+            for_each_column([&](const PartialResult& own, int member, int d) {
+                if (d == 0) reinterpret_cast<SoftmaxState*>(result)[member] = own.softmax;
+                *reinterpret_cast<float4*>(result + STATE_BYTES + member * O_ROW_BYTES + d * sizeof(float)) = own.o;
+            });
+            __syncthreads();
+            if (threadIdx.x == 0) {
+                __threadfence();  // who sees the arrival sees what the block wrote
+                is_last = atomicAdd(&arrivals[first_block], 1) == last_block - first_block;
+                if (is_last) arrivals[first_block] = 0;  // for the next launch
+                __threadfence();
+            }
+            __syncthreads();
+            if (is_last) {
+                // As many results at a time as fit into shared memory, so that few trips to the L2 cache are made.
+                const int used_bytes = STATE_BYTES + members * O_ROW_BYTES;
+                const int capacity = WARPS * WARP_BYTES / used_bytes;
+                for (PartialResult& own : merged) own = PartialResult();
+                for (int block = first_block; block <= last_block; block += capacity) {
+                    const int count = min(capacity, last_block + 1 - block);
+                    for (int k = warp; k < count; k += WARPS) {
+                        const uint8_t* from = result_of(block + k);
+                        for (int byte = lane * 16; byte < used_bytes; byte += WARP_SIZE * 16) {
+                            cp_async_16(shared_address(shared + k * used_bytes + byte), from + byte, true);
+                        }
+                    }
+                    cp_async_commit();
+                    cp_async_wait<0>();
+                    __syncthreads();
+                    merge(count, used_bytes);
+                    __syncthreads();
+                }
+                write_out();
+            }
+        }
+
+        // ---- the next piece ----
+        next += count;
+        item += count;
+        if (item == tiles * num_heads) {
+            item = 0;
+            do sequence++;
+            while (next < end && num_tiles(sequence) == 0);
+        }
+        __syncthreads();  // the results in shared memory have been read
+    }
+}

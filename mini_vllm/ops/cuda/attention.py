@@ -1,0 +1,267 @@
+"""Attention over the paged cache: which kernel serves which sequence, and how many blocks it gets.
+
+Sequences with one new token belong to paged_attention.cu, those with more to flash_attention.cu or, on Hopper, to
+flash_attention_sm90.cu; a batch with both is two launches, and each kernel finds its own sequences on the device.
+float32, and head sizes that tensor cores cannot take, are served by the plain kernel in flash_attention.cu. No grid
+depends on the lengths of sequences: nothing waits for the device, and a captured launch stays right when lengths
+and block tables change.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import cupy
+import numpy as np
+
+from mini_vllm.ops.base import Array, AttentionMetadata
+from mini_vllm.ops.cuda.device import DeviceInfo
+from mini_vllm.ops.cuda.elementwise import HEAD_DIMS
+from mini_vllm.ops.cuda.kernel import DTYPES, Kernel, type_name
+
+MAX_HEAD_DIM = 256
+HOPPER = (9, 0)
+NO_WINDOW = 1 << 30  # beyond any position
+
+THREADS = 128  # a block, of all kernels but Hopper's
+ROW_PADDING = 8  # elements behind each row in shared memory
+
+
+@functools.cache
+def _kernel(file: str, name: str) -> Kernel:
+    return Kernel(file, name, pdl=True)
+
+
+# ---- what each kernel is told by its template arguments, or knows by its constants --------------------------------
+
+
+@dataclass(frozen=True)
+class PrefillTile:
+    """The tile of flash_attention: 64 m_tiles rows (one query token and head each) by block_n keys.
+
+    Chosen such that registers suffice and that a block fits into 99 KiB of shared memory (compute capability 8.6).
+    """
+
+    m_tiles: int  # 16-row matrix tiles of each of the 4 warps
+    block_n: int
+
+    @staticmethod
+    def of(head_dim: int) -> PrefillTile:
+        if head_dim <= 64:
+            return PrefillTile(m_tiles=2, block_n=128)
+        if head_dim <= 128:
+            return PrefillTile(m_tiles=2, block_n=64)
+        return PrefillTile(m_tiles=1, block_n=48)
+
+    @property
+    def block_m(self) -> int:
+        return 64 * self.m_tiles
+
+    def shared_memory(self, head_dim: int, itemsize: int) -> int:
+        rows = self.block_m + 2 * self.block_n
+        return rows * (head_dim + ROW_PADDING) * itemsize + 2 * self.block_n * 4
+
+    def kernel(self, dtype: np.dtype, head_dim: int) -> Kernel:
+        name = f"flash_attention<{type_name(dtype)}, {head_dim}, {self.m_tiles}, {self.block_n}>"
+        return _kernel("flash_attention.cu", name)
+
+
+@dataclass(frozen=True)
+class HopperTile:
+    """The tile of flash_attention_sm90: 128 rows by 128 or 64 keys, in tiles of 64 elements of the head."""
+
+    column_tiles: int
+    block_n: int
+
+    BLOCK_M = 128
+    THREADS = 384
+    STAGES = 5
+    BOOKKEEPING = 2768  # bytes besides the tiles
+
+    @staticmethod
+    def of(head_dim: int) -> HopperTile:
+        if head_dim <= 128:
+            return HopperTile(column_tiles=-(-head_dim // 64), block_n=128)
+        return HopperTile(column_tiles=4, block_n=64)
+
+    @property
+    def shared_memory(self) -> int:
+        return self.column_tiles * (self.BLOCK_M + self.STAGES * self.block_n) * 128 + self.BOOKKEEPING
+
+    @staticmethod
+    def kernel(dtype: np.dtype, head_dim: int) -> Kernel:
+        return _kernel("flash_attention_sm90.cu", f"flash_attention_sm90<{type_name(dtype)}, {head_dim}>")
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """The tile of paged_attention: 64 keys by 8 n_tiles query heads of one KV head."""
+
+    n_tiles: int
+
+    MAX_BLOCKS_PER_SM = 3
+    FEW_BLOCKS_PER_SM = 2  # for small batches
+    STAGES = 2
+
+    @staticmethod
+    def of(head_dim: int, group_size: int) -> DecodeTile:
+        # 16 heads of more than 128 elements do not fit into registers: then keys are read once for each 8 heads.
+        return DecodeTile(n_tiles=2 if group_size > 8 and head_dim <= 128 else 1)
+
+    def shared_memory(self, head_dim: int, itemsize: int) -> int:
+        return self.STAGES * 2 * 64 * (head_dim + ROW_PADDING) * itemsize
+
+    def blocks(self, head_dim: int, itemsize: int, info: DeviceInfo) -> int:
+        """As many as the GPU can run at once."""
+        # A multiprocessor has 1 KiB more than one block may take, and each block costs 1 KiB besides its own.
+        per_sm = (info.max_shared_memory + 1024) // (self.shared_memory(head_dim, itemsize) + 1024 + 32)
+        return info.num_sms * max(1, min(per_sm, self.MAX_BLOCKS_PER_SM))
+
+    def kernel(self, dtype: np.dtype, head_dim: int) -> Kernel:
+        return _kernel("paged_attention.cu", f"paged_attention<{type_name(dtype)}, {head_dim}, {self.n_tiles}>")
+
+
+def _plain_kernel(dtype: np.dtype, head_dim: int) -> Kernel:
+    return _kernel("flash_attention.cu", f"plain_attention<{type_name(dtype)}, {-(-head_dim // 32)}>")
+
+
+def _workspace_bytes(num_sms: int) -> int:
+    """Room for the partial results of all blocks, whichever kernel needs more."""
+    heads = 16
+    decode = 2 * DecodeTile.MAX_BLOCKS_PER_SM * heads * (8 + (MAX_HEAD_DIM + 4) * 4)
+    prefill = HopperTile.BLOCK_M * (MAX_HEAD_DIM + 8) * 4
+    return num_sms * max(decode, prefill)
+
+
+def _uses_tensor_cores(dtype: np.dtype, head_dim: int) -> bool:
+    return dtype.itemsize == 2 and head_dim % 16 == 0
+
+
+def instances(
+    dtypes: Iterable[np.dtype] = DTYPES,
+    head_dims: Iterable[int] = HEAD_DIMS,
+    compute_capability: tuple[int, int] | None = None,
+) -> list[Kernel]:
+    """Every kernel that this module launches for these data types and head sizes, whatever the group size.
+
+    With a compute capability only those that such a GPU uses.
+    """
+    kernels = []
+    head_dims = list(head_dims)
+    for dtype in map(np.dtype, dtypes):
+        for head_dim in head_dims:
+            if not _uses_tensor_cores(dtype, head_dim):
+                kernels.append(_plain_kernel(dtype, head_dim))
+                continue
+            if compute_capability != HOPPER:
+                kernels.append(PrefillTile.of(head_dim).kernel(dtype, head_dim))
+            if compute_capability in (HOPPER, None):
+                kernels.append(HopperTile.kernel(dtype, head_dim))
+            kernels += [DecodeTile.of(head_dim, group_size).kernel(dtype, head_dim) for group_size in (8, 16)]
+    return list(dict.fromkeys(kernels))
+
+
+# ---- launching ----------------------------------------------------------------------------------------------------
+
+
+class Attention:
+    """`Ops.attention` on one GPU.
+
+    It owns the workspace of sequences that several blocks share, so launches of one object must follow one another
+    on the device: one stream, or graphs that are replayed on one stream.
+
+    Args:
+        info: the GPU.
+        wgmma: prefill with Hopper's own kernel; by default where there is one.
+    """
+
+    def __init__(self, info: DeviceInfo, wgmma: bool | None = None) -> None:
+        self._info = info
+        self._wgmma = info.compute_capability == HOPPER if wgmma is None else wgmma
+        # Some MiB, whatever batch and context come. Made here because it must neither move nor grow under a graph.
+        self._partials = cupy.empty(_workspace_bytes(info.num_sms), np.uint8)
+        # Counters, zero between launches: each launch clears what it has counted.
+        self._arrivals = cupy.zeros(DecodeTile.MAX_BLOCKS_PER_SM * info.num_sms, np.int32)
+        self._work = cupy.zeros(2, np.int32)
+
+    def __call__(
+        self,
+        q: Array,
+        k_cache: Array,
+        v_cache: Array,
+        meta: AttentionMetadata,
+        scale: float,
+        window: int | None = None,
+    ) -> Array:
+        """See `Ops.attention`. A token of a sequence with no keys gets zeros; one of no sequence is left unwritten.
+
+        Raises:
+            ValueError: shapes that do not fit, a head size above 256, a scale or window that is not positive.
+        """
+        num_kv_heads, head_dim, num_sequences = self._check(q, k_cache, v_cache, meta, scale, window)
+        num_tokens, num_heads, _ = q.shape
+        group_size, dtype = num_heads // num_kv_heads, q.dtype
+        out = cupy.empty((num_tokens, num_heads * head_dim), dtype)
+        if num_tokens == 0:
+            return out
+        arrays = (out, q, k_cache, v_cache, meta.cu_seqlens_q, meta.seq_lens, meta.block_tables)
+        max_blocks, block_size = meta.block_tables.shape[1], k_cache.shape[1]
+        sizes = tuple(map(np.int32, (num_sequences, max_blocks, block_size, num_kv_heads, group_size)))
+        rules = (np.float32(scale), np.int32(NO_WINDOW if window is None else min(window, NO_WINDOW)))
+
+        if not _uses_tensor_cores(dtype, head_dim):
+            args = (*arrays, *sizes, np.int32(head_dim), *rules)
+            _plain_kernel(dtype, head_dim)((num_tokens, num_heads), (THREADS,), args)
+            return out
+
+        if meta.max_seqlen_q > 1 and self._wgmma:
+            args = (*arrays, self._partials, self._arrivals, self._work, *sizes, *rules)
+            shared = HopperTile.of(head_dim).shared_memory
+            HopperTile.kernel(dtype, head_dim)((self._info.num_sms,), (HopperTile.THREADS,), args, shared)
+        elif meta.max_seqlen_q > 1:
+            tile = PrefillTile.of(head_dim)
+            # Each sequence may end in a tile that is not full.
+            num_tiles = num_tokens * group_size // tile.block_m + num_sequences
+            args, shared = (*arrays, *sizes, *rules), tile.shared_memory(head_dim, dtype.itemsize)
+            tile.kernel(dtype, head_dim)((num_tiles * num_kv_heads,), (THREADS,), args, shared)
+
+        if meta.max_seqlen_q <= 1 or num_sequences > 1:
+            tile = DecodeTile.of(head_dim, group_size)
+            blocks = tile.blocks(head_dim, dtype.itemsize, self._info)
+            few_blocks = np.int32(min(blocks, DecodeTile.FEW_BLOCKS_PER_SM * self._info.num_sms))
+            args = (*arrays, self._partials, self._arrivals, few_blocks, *sizes, *rules)
+            shared = tile.shared_memory(head_dim, dtype.itemsize)
+            tile.kernel(dtype, head_dim)((blocks,), (THREADS,), args, shared)
+        return out
+
+    @staticmethod
+    def _check(
+        q: Array, k_cache: Array, v_cache: Array, meta: AttentionMetadata, scale: float, window: int | None
+    ) -> tuple[int, int, int]:
+        """(KV heads, head size, sequences), or a ValueError."""
+        num_kv_heads, head_dim = k_cache.shape[2:]
+        num_sequences = len(meta.seq_lens)
+        if not (
+            q.shape[2:] == (head_dim,)
+            and q.shape[1] % num_kv_heads == 0
+            and k_cache.shape == v_cache.shape
+            and q.dtype == k_cache.dtype == v_cache.dtype
+            and meta.cu_seqlens_q.shape == (num_sequences + 1,)
+            and len(meta.block_tables) == num_sequences
+        ):
+            raise ValueError(
+                f"attention: q {q.dtype}{q.shape}, k_cache {k_cache.dtype}{k_cache.shape}, v_cache {v_cache.dtype}"
+                f"{v_cache.shape}, cu_seqlens_q {meta.cu_seqlens_q.shape}, seq_lens {meta.seq_lens.shape} and "
+                f"block_tables {meta.block_tables.shape} do not fit; needed are q [T, Hq, D], caches [num_blocks, "
+                "block_size, Hkv, D] of q's dtype with Hq a multiple of Hkv, cu_seqlens_q [B + 1], seq_lens [B], "
+                "block_tables [B, max_blocks]"
+            )
+        if head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"attention: head_dim is {head_dim}; the CUDA kernels take at most {MAX_HEAD_DIM}")
+        if not scale > 0:
+            raise ValueError(f"attention: scale is {scale}; it must be positive, usually head_dim ** -0.5")
+        if window is not None and window < 1:
+            raise ValueError(f"attention: window is {window}; a query sees at least itself, so at least 1")
+        return num_kv_heads, head_dim, num_sequences
