@@ -13,6 +13,8 @@ from mini_vllm import __version__
 COMMANDS = {
     "generate": "Complete prompts.",
     "chat": "Talk with a model in the terminal.",
+    "doctor": "Check whether this machine can run the CUDA backend.",
+    "kernels": "List, compile and time the CUDA kernels.",
 }
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ENGINE_OPTIONS = [
     ("--model", {"help": "Directory of an HF checkpoint or hub id; default is the bundled demo model."}),
     ("--revision", {"help": "Branch, tag or commit of a hub id."}),
-    ("--device", {"type": click.Choice(DEVICES), "help": "Default auto: the GPU if there is one."}),
+    ("--device", {"type": click.Choice(DEVICES), "help": "auto is the CPU while the CUDA backend is young."}),
     ("--dtype", {"type": click.Choice(DTYPES), "help": "Of weights, activations and KV cache."}),
     ("--max-model-len", {"type": int, "help": "Tokens of prompt and output together."}),
     ("--block-size", {"type": int, "help": "Tokens per KV-cache block."}),

@@ -25,7 +25,7 @@ class EngineConfig:
     """How to run a model. Invalid values raise `ValueError`.
 
     model: directory of an HF checkpoint, or a hub id such as "Qwen/Qwen3-0.6B"; None is the bundled demo.
-    device: "auto" takes the GPU where one is usable, else the CPU.
+    device: "cpu", or "cuda" for an NVIDIA GPU; "auto" is the CPU while the CUDA backend is young.
     dtype: of weights, activations and KV cache; "auto" is float32 on the CPU and the checkpoint's on a GPU.
     max_model_len: prompt and output tokens at most; None takes the model's limit, or what the KV cache holds.
     block_size: tokens per KV-cache block.

@@ -63,8 +63,10 @@ FLOORS = {
     ),
     # 4
     "mini_vllm.llm": floor(FLOOR_0, "mini_vllm.engine", "mini_vllm.tokenizer"),
+    "mini_vllm.doctor": floor(BASE, "mini_vllm.ops"),
+    "mini_vllm.bench": floor(FLOOR_0, "mini_vllm.llm", "mini_vllm.engine", "mini_vllm.ops"),
     # 5
-    "mini_vllm.cli": floor(FLOOR_0, BASE, "mini_vllm.llm"),
+    "mini_vllm.cli": floor(FLOOR_0, BASE, "mini_vllm.llm", "mini_vllm.doctor", "mini_vllm.bench"),
     # beside the floors
     "mini_vllm.cuda_src": floor(libraries=set()),
 }

@@ -125,20 +125,20 @@ def map_to_host(ops: Ops, logprobs: TokenLogprobs) -> TokenLogprobs:
 
 
 def make_ops(config: EngineConfig, model_config: ModelConfig) -> Ops:
-    """The backend for `device`, with the engine's dtype; "auto" says in one line when it falls back to the CPU."""
-    if config.device != "cpu":
-        from mini_vllm.ops.cuda import CudaUnavailable, require_cuda
+    """The backend for `device`, with the engine's dtype.
 
-        try:
-            require_cuda()
-        except CudaUnavailable as error:
-            if config.device == "cuda":
-                raise
-            logger.info("Running on the CPU with NumPy: %s.", error)
-        else:
-            from mini_vllm.ops.cuda.cuda_ops import CudaOps
+    "auto" is the CPU, and says so where there is a GPU, until the engine's GPU tests have a recorded run.
+    Raises `CudaUnavailable` with what mends it when "cuda" is asked for and cannot be used.
+    """
+    from mini_vllm.ops.cuda import driver_cuda_version, require_cuda
 
-            return CudaOps(numpy_dtype(model_config.dtype if config.dtype == "auto" else config.dtype))
+    if config.device == "cuda":
+        require_cuda()
+        from mini_vllm.ops.cuda.cuda_ops import CudaOps
+
+        return CudaOps(numpy_dtype(model_config.dtype if config.dtype == "auto" else config.dtype))
+    if config.device == "auto" and driver_cuda_version() is not None:
+        logger.info('Running on the CPU with NumPy; the young CUDA backend is used when asked for: device="cuda".')
     from mini_vllm.ops.numpy_ops import NumpyOps
 
     return NumpyOps(numpy_dtype("float32" if config.dtype == "auto" else config.dtype))

@@ -218,3 +218,32 @@ def test_chat_survives_a_conversation_that_outgrows_the_context():
     assert result.exit_code == 0
     assert "max_model_len=32" in result.stderr
     assert result.stdout.strip()
+
+
+def test_doctor_reports_and_advises():
+    result = invoke("doctor", "--json")
+    facts = json.loads(result.stdout)
+    assert facts["software"]["mini-vllm"] == __version__
+    if facts["cuda_available"]:
+        assert facts["verdict"] == "CUDA setup verified."
+        assert "equal to NumPy" in facts["kernels"]["hello kernel"]
+    else:
+        assert facts["verdict"].startswith("No CUDA")
+        assert "NumPy backend works" in facts["verdict"]
+    text = invoke("doctor")
+    assert text.exit_code == 0
+    assert facts["verdict"] in text.stdout
+
+
+def test_kernels_are_listed_and_compiled_without_a_gpu():
+    pytest.importorskip("cupy")
+    result = invoke("kernels", "list", "--arch", "sm_90a", "--head-dim", "64")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["file", "registers", "shared", "stack", "spills", "kernel"]
+    files = {line.split()[0] for line in lines[1:]}
+    assert {"rmsnorm.cu", "rope.cu", "flash_attention.cu", "paged_attention.cu", "gemv.cu", "sampling.cu"} <= files
+    assert all(int(line.split()[1]) > 0 for line in lines[1:])
+    again = invoke("kernels", "compile", "--arch", "sm_90a", "--head-dim", "64")
+    assert again.stdout == f"sm_90a: {len(lines) - 1} kernels, 0.0 s of compiling\n"
+    assert invoke("kernels", "compile", "--arch", "sm_75").exit_code == 2

@@ -406,6 +406,15 @@ def test_engine_from_config_and_without_tokenizer():
         engine.generate([1], SamplingParams(stop="x"))
 
 
+def test_cuda_without_a_gpu_says_what_is_missing(monkeypatch):
+    from mini_vllm.ops import cuda
+
+    monkeypatch.setattr(cuda, "driver_cuda_version", lambda: None)
+    with pytest.raises(cuda.CudaUnavailable, match="no NVIDIA driver"):
+        LLM(device="cuda")
+    assert LLM(device="auto").llm_engine.runner.ops.device == "cpu"
+
+
 def test_dummy_weights_need_a_config_only(tmp_path):
     from mini_vllm.demo import DEMO_DIR
 
