@@ -1,4 +1,28 @@
-// CARD
+// Attention of prompts, and of chunks of them behind a cached context, over the paged KV cache: FlashAttention-2
+// (Dao, 2023) on the tensor cores of sm_80 and later; and the plain kernel for everything else.
+//
+//   out[t, h] = sum_j softmax_j(scale q[t, h] . k[j, h / G]) v[j, h / G],   pos(t) - window < j <= pos(t)
+//
+// Shapes: q, out [tokens, Hq, D]; k_cache, v_cache [blocks, block_size, Hkv, D]; block_tables [B, max_blocks];
+// G = Hq / Hkv. Sequence b brings the tokens cu_seqlens_q[b] to cu_seqlens_q[b + 1]; the last has position
+// seq_lens[b] - 1.
+//
+// Who does what (flash_attention): a block has 64 M_TILES rows, one a query token and head of a KV head's group,
+// token by token; so a tile spans few tokens, and little of it lies beyond the diagonal. It walks over the keys
+// that its rows see, BLOCK_N at a time; cp.async brings values while scores are computed, and the next keys while
+// values are weighed. Each warp has 16 M_TILES rows of S, P and O in registers: with 32 rows each fragment of K and
+// V read from shared memory feeds four products, with 16 shared memory would be the limit. Blocks are numbered such
+// that the longest tiles of a sequence come first, and the heads of a tile together, for K and V to be found in L2.
+//
+// Bytes: K and V pass from L2 into shared memory once for 64 M_TILES rows. FLOPs: 4 D a row and visible key.
+//
+// H200, bf16, cache blocks of 16, causal FLOPs, 4 x 4096 tokens (Hopper itself uses flash_attention_sm90.cu):
+//   D = 128, 32/8 heads: 1.78 ms, 310 TFLOP/s   D = 64, 32/8: 1.04 ms, 263   D = 96, 32/8: 1.51 ms, 274
+//   D = 256, 16/4: 2.29 ms, 240
+// Before and beside it, TFLOP/s:
+//   a ring of 2, 3, 4 tiles of keys and values, D = 128: 312, 307, 306; the second block hides what a longer one would
+//   BLOCK_N 64 for D = 64: 241; 32 for D = 256: 215; 64 for D = 256: 245, but more shared memory than sm_86 has
+// <bf16, 128, 2, 64> for sm_100a spills some tens of bytes (NVRTC 12.9 and 13.0): untuned there, for want of such a GPU.
 #include "mma.cuh"
 #include "ragged.cuh"
 #include "softmax_state.cuh"
@@ -23,13 +47,6 @@ __global__ void __launch_bounds__(THREADS)
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
     const int token = blockIdx.x, head = blockIdx.y;
     const int64_t q_row = (static_cast<int64_t>(token) * gridDim.y + head) * head_dim;
-    const auto for_each_d = [&](auto f) {
-#pragma unroll
-        for (int i = 0; i < LANE_D; i++) {
-            if (i * WARP_SIZE + lane < head_dim) f(i, i * WARP_SIZE + lane);
-        }
-    };
-
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
 
@@ -44,8 +61,15 @@ __global__ void __launch_bounds__(THREADS)
     const int kv_begin = max(0, kv_end - window);
     const int* block_table = block_tables + static_cast<int64_t>(sequence) * max_blocks;
 
+    // Lanes beyond the head's end repeat its last element, with a zero query: that spares the loop all branches.
     float q_lane[LANE_D], o[LANE_D] = {};
-    for_each_d([&](int i, int d) { q_lane[i] = to_float(q[q_row + d]) * (scale * LOG2_E); });
+    int d[LANE_D];
+#pragma unroll
+    for (int i = 0; i < LANE_D; i++) {
+        const bool inside = i * WARP_SIZE + lane < head_dim;
+        d[i] = inside ? i * WARP_SIZE + lane : head_dim - 1;
+        q_lane[i] = inside ? to_float(q[q_row + d[i]]) * (scale * LOG2_E) : 0.0f;
+    }
     SoftmaxState softmax;
     for (int first = kv_begin + warp * KEYS; first < kv_end; first += WARPS * KEYS) {
         float score[KEYS], v[KEYS][LANE_D];
@@ -55,10 +79,11 @@ __global__ void __launch_bounds__(THREADS)
             const int slot = block_table[key / block_size] * block_size + key % block_size;
             const int64_t row = (static_cast<int64_t>(slot) * num_kv_heads + head / group_size) * head_dim;
             score[k] = 0.0f;
-            for_each_d([&](int i, int d) {
-                score[k] += q_lane[i] * to_float(k_cache[row + d]);
-                v[k][i] = to_float(v_cache[row + d]);
-            });
+#pragma unroll
+            for (int i = 0; i < LANE_D; i++) {
+                score[k] += q_lane[i] * to_float(k_cache[row + d[i]]);
+                v[k][i] = to_float(v_cache[row + d[i]]);
+            }
         }
         float top = -INF;
 #pragma unroll
@@ -73,11 +98,13 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int k = 0; k < KEYS; k++) {
             const float weight = softmax.add(score[k]);
-            for_each_d([&](int i, int) { o[i] += weight * v[k][i]; });
+#pragma unroll
+            for (int i = 0; i < LANE_D; i++) o[i] += weight * v[k][i];
         }
     }
 
-    for_each_d([&](int i, int d) { warp_o[warp][d] = o[i]; });
+#pragma unroll
+    for (int i = 0; i < LANE_D; i++) warp_o[warp][i * WARP_SIZE + lane] = o[i];
     if (lane == 0) warp_states[warp] = softmax;
     __syncthreads();
     SoftmaxState merged;
@@ -86,11 +113,11 @@ __global__ void __launch_bounds__(THREADS)
     for (int w = 0; w < WARPS; w++) merged.raise(warp_states[w].max);
 #pragma unroll
     for (int w = 0; w < WARPS; w++) weights[w] = merged.add(warp_states[w]);
-    for (int d = threadIdx.x; d < head_dim; d += THREADS) {
+    for (int e = threadIdx.x; e < head_dim; e += THREADS) {
         float sum = 0.0f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += weights[w] * warp_o[w][d];
-        out[q_row + d] = from_float<T>(sum * merged.inverse_sum());
+        for (int w = 0; w < WARPS; w++) sum += weights[w] * warp_o[w][e];
+        out[q_row + e] = from_float<T>(sum * merged.inverse_sum());
     }
 }
 
@@ -106,7 +133,8 @@ __device__ inline void for_each_piece(int thread, F f) {
     const int first = thread / PIECES, column = thread % PIECES * 8;
 #pragma unroll
     for (int row = 0; row < ROWS; row += STEP) {
-        if ((THREADS % PIECES == 0 || first < STEP) && (ROWS % STEP == 0 || row + first < ROWS)) f(row + first, column);
+        const bool mine = (THREADS % PIECES == 0 || first < STEP) && (ROWS % STEP == 0 || row + first < ROWS);
+        if (mine) f(row + first, column);
     }
 }
 
@@ -122,10 +150,11 @@ __global__ void __launch_bounds__(THREADS, 2)
     static_assert(D % 16 == 0 && BLOCK_N % 16 == 0 && BLOCK_N <= THREADS);
 
     extern __shared__ __align__(16) uint8_t shared[];
-    T* q_tile = reinterpret_cast<T*>(shared);                                            // [BLOCK_M][ROW]; the output in the end
-    const uint32_t k_tile = shared_address(q_tile + BLOCK_M * ROW);                      // [BLOCK_N][ROW]
-    const uint32_t v_tile = k_tile + BLOCK_N * ROW * sizeof(T);                          // [BLOCK_N][ROW]
-    int* key_slots = reinterpret_cast<int*>(q_tile + (BLOCK_M + 2 * BLOCK_N) * ROW);     // [2][BLOCK_N]: of even and odd tiles
+    T* q_tile = reinterpret_cast<T*>(shared);                        // [BLOCK_M][ROW]; the output in the end
+    const uint32_t k_tile = shared_address(q_tile + BLOCK_M * ROW);  // [BLOCK_N][ROW]
+    const uint32_t v_tile = k_tile + BLOCK_N * ROW * sizeof(T);      // [BLOCK_N][ROW]
+    // Cache slots of the keys of even and of odd tiles: [2][BLOCK_N]
+    int* key_slots = reinterpret_cast<int*>(q_tile + (BLOCK_M + 2 * BLOCK_N) * ROW);
 
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
@@ -185,7 +214,8 @@ __global__ void __launch_bounds__(THREADS, 2)
     store_slot(0, find_slot(0));
     for_each_piece<BLOCK_M, D, THREADS>(threadIdx.x, [&](int row, int column) {
         const bool valid = first_row + row <= last_row;
-        cp_async_16(shared_address(q_tile + row * ROW + column), q + static_cast<int64_t>(token_row(valid ? row : 0)) * D + column, valid);
+        const int64_t offset = static_cast<int64_t>(token_row(valid ? row : 0)) * D + column;
+        cp_async_16(shared_address(q_tile + row * ROW + column), q + offset, valid);
     });
     __syncthreads();  // key_slots
     load(k_cache, 0, k_tile);

@@ -1,24 +1,59 @@
-// CARD
+// y = x W^T + b for few rows: x [num_rows, in_features], W [out_features, in_features], y [num_rows, out_features].
+//
+// The time is that of reading W once. Sums are float; T is the type of x, W and b, Out that of y.
+//
+// gemv_mma (16-bit types, up to 16 rows, rows of whole 16-byte vectors): tensor cores, so that 16 rows cost hardly more
+// than one. y^T is computed as products m16n8k16 whose A is x (16 rows, the missing ones zero) and whose B is 8 rows of
+// W. A lane loads 16 bytes of its row of W and 16 of its rows of x at the same columns: 8 values, two products. Which
+// columns a product calls its k-th does not matter as long as A and B agree, so nothing is rearranged. A block has
+// 8 TILES outputs; its WARPS warps take steps of 32 columns in turn and add up their sums in shared memory at the end.
+//
+// gemv (any type and size): a warp for each output, ROWS rows at once, SIZE values a load.
+//
+// Both may start before the kernel in front has ended (pdl). gemv_mma then loads its first part of W while it waits,
+// so W must not be what that kernel writes.
+//
+// H200, bf16, replayed from a graph, cold L2, us for 1 / 8 / 16 rows, beside cuBLASLt's best heuristic:
+//
+//   out x in         tile, M <= 8   gemv_mma              cuBLASLt              TB/s of W at 1 row
+//   4096 x 1024      2, 8, 4        3.13 / 3.59 / 3.97    4.97 / 4.99 / 5.03    2.7
+//   1024 x 2048      1, 16, 4       2.52 / 2.91 / 3.40    10.1 / 5.59 / 5.60    1.7
+//   6144 x 1024      1, 8, 2        4.53 / 5.01 / 5.09    5.90 / 5.65 / 5.69    2.8
+//   1024 x 3072      1, 16, 4       3.65 / 4.05 / 4.95    6.75 / 6.77 / 6.97    1.7
+//   6144 x 4096      1, 8, 2        15.1 / 16.5 / 27.4    16.2 / 16.0 / 16.2    3.3
+//   4096 x 4096      2, 16, 2       10.2 / 11.2 / 13.1    12.8 / 12.8 / 12.9    3.3
+//   24576 x 4096     1, 16, 4       52.3 / 57.0 / 70.4    49.9 / 54.0 / 50.0    3.8
+//   4096 x 12288     2, 16, 2       27.9 / 29.9 / 34.1    30.4 / 30.3 / 29.1    3.6
+//   151936 x 1024    1, 8, 2        72.5 / 78.2 / 82.4    74.9 / 77.9 / 79.0    4.3
+//
+// float32, gemv, 1 / 4 / 8 rows: 4096 x 1024 6.2 / 6.9 / 12.8 (cuBLASLt 7.1 / 8.9 / 13.4); 24576 x 4096 95 / 112 / 201
+// (112 / 144 / 229); 1024 x 3072 9.4 / 13.4 / 14.7 (5.8 / 15.8 / 19.2).
+//
+// Tried: a grid of 1 to 4 blocks a multiprocessor that walks over the outputs and loads across their borders: 4.12 us
+// for 6144 x 1024, no better or slower elsewhere. gemv with 16-byte loads for bf16 and one row: 14.9, 51.9 and 28.7 us
+// for 6144 x 4096, 24576 x 4096 and 4096 x 12288, but 4.1 and 5.6 for 1024 x 2048 and 1024 x 3072, and twice that for
+// 8 rows. Without pdl, tile 2, 8, 2: 4.61 instead of 4.06 us for 4096 x 1024.
 #include "mma.cuh"
 
 // ---- tensor cores: 16-bit types, up to 16 rows of x --------------------------------------------------------------
 
-// Eight neighbouring 16-bit values: `valid` or zeros.
+// Eight neighbouring 16-bit values, or zeros. An ordinary load: the kernel in front may still write x when this one
+// starts, which loads through the read-only cache (__ldg, or of a const __restrict__ pointer) do not allow.
 template <typename T>
 __device__ inline uint4 load_chunk(const T* p, bool valid) {
-    return valid ? __ldg(reinterpret_cast<const uint4*>(p)) : make_uint4(0, 0, 0, 0);
+    return valid ? *reinterpret_cast<const uint4*>(p) : make_uint4(0, 0, 0, 0);
 }
 
+// UNROLL steps of a warp are loaded while the UNROLL before are multiplied. WIDE: more than 8 rows.
 template <typename T, typename Out, int TILES, int WARPS, int UNROLL, bool WIDE>
 __global__ void __launch_bounds__(WARPS * WARP_SIZE) gemv_mma(
-    Out* __restrict__ y, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
+    Out* y, const T* x, const T* __restrict__ weight, const T* __restrict__ bias,
     int num_rows, int out_features, int in_features) {
-    constexpr int STEP = 32;              // columns of a warp's chunk of the weight: 4 lanes, 8 values each
-    constexpr int OUTPUTS = 8 * TILES;    // weight rows of a block
+    constexpr int STEP = 32;  // columns a warp takes at once: 4 lanes, 8 values each
+    constexpr int OUTPUTS = 8 * TILES;
     constexpr int MAX_ROWS = WIDE ? 16 : 8;
     __shared__ float partial[WARPS][MAX_ROWS][OUTPUTS];
 
-    griddepcontrol_launch_dependents();
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
     const int group = lane / 4, pair = lane % 4 * 2, first_output = blockIdx.x * OUTPUTS;
 
@@ -46,6 +81,7 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE) gemv_mma(
     uint4 w[UNROLL][TILES];
     load_weights(warp, w);
     griddepcontrol_wait();  // the weights are nobody's output, x is
+    griddepcontrol_launch_dependents();
     for (int step = warp; step * STEP < in_features; step += UNROLL * WARPS) {
         uint4 next[UNROLL][TILES];
         load_weights(step + UNROLL * WARPS, next);
@@ -90,9 +126,10 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE) gemv_mma(
 
 // ---- any type and size ---------------------------------------------------------------------------------------------
 
+// Blocks in y take ROWS rows each.
 template <typename T, typename Out, int ROWS, int SIZE>
 __global__ void __launch_bounds__(256) gemv(
-    Out* __restrict__ y, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
+    Out* y, const T* x, const T* __restrict__ weight, const T* __restrict__ bias,
     int num_rows, int out_features, int in_features) {
     using V = Vec<T, SIZE>;
     griddepcontrol_wait();
@@ -114,7 +151,7 @@ __global__ void __launch_bounds__(256) gemv(
         const V w = V::load_streaming(weight_row + k);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            const V v = V::load_readonly(x_rows[r] + k);
+            const V v = V::load(x_rows[r] + k);
 #pragma unroll
             for (int i = 0; i < SIZE; ++i) sums[r] += to_float(w[i]) * to_float(v[i]);
         }

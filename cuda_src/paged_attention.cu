@@ -1,4 +1,32 @@
-// CARD
+// Attention of decoding sequences, one query each, over the paged KV cache: flash-decoding (Dao et al., 2023).
+//
+//   out[b, h] = sum_j softmax_j(scale q[b, h] . k[b, j, h / G]) v[b, j, h / G],   j over b's last `window` keys
+//
+// Shapes: q, out [tokens, Hq, D]; k_cache, v_cache [blocks, block_size, Hkv, D]; block_tables [B, max_blocks];
+// G = Hq / Hkv. Sequence b's query is row cu_seqlens_q[b]; sequences with no or several queries are left alone.
+//
+// Who does what: the keys of each sequence and KV head are cut into tiles of 64, all tiles of the batch are laid
+// end to end, and each block gets an equal share of them, whatever the lengths (stream-K; Osama et al., 2023): the
+// host needs to know none of them, and one long sequence among short ones keeps no one waiting. A block reads each
+// key once for all G query heads. Its four warps work alone, each with its own ring of 16-key tiles in shared
+// memory (cp.async), on S^T = K Q^T and O^T = V^T P^T: the keys are the 16 rows of an mma, the heads its 8 columns,
+// so little is wasted when G is 4. A block's warps merge when a sequence and head is done; blocks that share one
+// leave partial results, and the last of them to arrive merges.
+//
+// Bytes: K and V once, 4 D Hkv a key in 16 bits; partial results add 2 (D + 2) floats a head at most twice a block.
+//
+// H200, bf16, 32 query and 8 KV heads of 128, cache blocks of 16 in random order, cold L2, graph of many launches
+// without overlap (batch x context; FlashAttention-3 in the same setting in brackets), us:
+//   1 x 128: 5.9   1 x 1024: 8.3 (16.9)   1 x 8192: 16.9 (26.6)   1 x 32768: 43.3 (55.4)   8 x 2048: 25.3 (36.1)
+//   64 x 2048: 137.7, 3.9 TB/s (148.6)   256 x 1024: 265, 4.05 TB/s (291)   256 x 2048: 508, 4.2 TB/s (525)
+//   256 x (100 to 2000): 287, 4.0 TB/s
+// Before and beside it, us:
+//   two passes over the partial results, 8 at a time, a fence in every thread: 1 x 1024 8.5, 256 x 1024 269
+//   one pass, 64-bit division to find a block's share: 1 x 1024 9.3, 1 x 8192 22.8
+//   3 blocks a multiprocessor for small batches too: 1 x 8192 20.5; 2 for large ones: 256 x (100 to 2000) 297
+//   3 stages, 2 blocks a multiprocessor: 256 x 1024 274; 4 stages, 1 block: 294
+//   8 warps, 1 block a multiprocessor: 256 x (100 to 2000) 321
+//   at least two tiles a block: 1 x 128 5.2, but 1 x 384 7.4 instead of 6.4
 #include "mma.cuh"
 #include "ragged.cuh"
 #include "softmax_state.cuh"
@@ -8,7 +36,7 @@ constexpr int THREADS = WARPS * WARP_SIZE;
 constexpr int WARP_KEYS = 16;  // keys of a warp in a tile: the M of an mma
 constexpr int TILE_KEYS = WARPS * WARP_KEYS;
 constexpr int STAGES = 2;       // tiles in shared memory
-constexpr int LONG_SHARE = 16;  // tiles of a block from which on all blocks work
+constexpr int LONG_SHARE = 16;  // tiles a block: with that much to do for each, all blocks work
 
 // Four columns of a result under way: sum_j 2^(s_j - m) v_j.
 struct PartialResult {
@@ -34,9 +62,9 @@ __global__ void __launch_bounds__(THREADS)
                     const int* __restrict__ seq_lens, const int* __restrict__ block_tables,
                     uint8_t* __restrict__ partials, int* __restrict__ arrivals, int few_blocks, int num_sequences,
                     int max_blocks, int block_size, int num_kv_heads, int group_size, float scale, int window) {
-    constexpr int HEADS = 8 * N_TILES;                        // query heads of a block, some may be padding
-    constexpr int ROW = D + 8;                                // padded rows, so that ldmatrix meets no bank twice
-    constexpr int HALF_STAGE = WARP_KEYS * ROW * sizeof(T);   // bytes of a warp's keys, or values, of one tile
+    constexpr int HEADS = 8 * N_TILES;                       // query heads of a block, some may be padding
+    constexpr int ROW = D + 8;                               // padded rows, so that ldmatrix meets no bank twice
+    constexpr int HALF_STAGE = WARP_KEYS * ROW * sizeof(T);  // bytes of a warp's keys, or values, of one tile
     constexpr int WARP_BYTES = STAGES * 2 * HALF_STAGE;
     // A partial result, in shared or global memory: SoftmaxState [HEADS], then float [HEADS][O_ROW].
     constexpr int O_ROW = D + 4;
@@ -53,7 +81,7 @@ __global__ void __launch_bounds__(THREADS)
     uint8_t* warp_shared = shared + warp * WARP_BYTES;  // the tiles, and when they are done the warp's result
     const uint32_t stages = shared_address(warp_shared);
 
-    // ---- this block's share of all tiles of all sequences and heads, in this order: sequence, head, tile ----
+    // ---- this block's share of all tiles, which follow one another by sequence, then head, then key ----
     const int head_parts = div_ceil(group_size, HEADS);
     const int num_heads = num_kv_heads * head_parts;  // blocks that read a key: one a KV head, unless groups are large
     const auto num_tiles = [&](int i) {               // of one head; a padding sequence has one, which writes zeros
@@ -81,7 +109,8 @@ __global__ void __launch_bounds__(THREADS)
         const int count = min(tiles - first_tile, end - next);
         const int kv_head = head / head_parts, first_member = head % head_parts * HEADS;
         const int members = min(HEADS, group_size - first_member);
-        const int64_t q_row = (static_cast<int64_t>(cu_seqlens_q[sequence]) * num_kv_heads + kv_head) * group_size + first_member;
+        const int64_t token = cu_seqlens_q[sequence];
+        const int64_t q_row = (token * num_kv_heads + kv_head) * group_size + first_member;
         const int seq_len = seq_lens[sequence];
         const int warp_begin = max(0, seq_len - window) + first_tile * TILE_KEYS + warp * WARP_KEYS;
         const int* block_table = block_tables + static_cast<int64_t>(sequence) * max_blocks;

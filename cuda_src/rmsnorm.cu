@@ -9,6 +9,14 @@
 // VECTORS = 0 is the way for rows that are not whole vectors or longer than the registers of a block: element by
 // element, reading the row a second time (from the caches).
 // Bytes: rms_norm reads and writes the row once each; add_rms_norm does so with two rows.
+//
+// Measured (H200, bf16, launches of one graph; activations of few rows in L2, of many in memory):
+//   rows x hidden_size      1 x 4096   64 x 4096   256 x 4096   16384 x 1024   16384 x 4096       8192 x 8192
+//   rms_norm                 1.12 us     1.76 us      2.62 us        20.8 us   66 us, 4.07 TB/s       68.2 us
+//   add_rms_norm             1.28 us     2.02 us      3.56 us        33.7 us  135 us, 3.97 TB/s      134.4 us
+// What lost: more than one vector a thread for few rows (1 x 4096: 1.28 us with two), one for many (16384 x 4096:
+// 77.9 us); no pdl (1 x 4096: 1.67 us); a warp a row (rms_norm of 16384 x 1024 17.9 us, but add_rms_norm, which the
+// models run 50 times as often, no faster).
 #include "common.cuh"
 
 template <typename T, int VECTORS, bool ADD>

@@ -1,4 +1,35 @@
-// CARD
+// Sampling and log probabilities, as NumpyOps defines them: rules, temperature, min_p, top_k, top_p, the draw.
+//
+//   apply_rules        logits <- allowed ids, bias, penalties, in place             one block a row
+//   sample             argmax of logits, or of logits / T - log(noise)              `splits` blocks a row
+//   filter_and_sample  the same among what min_p, top_k and top_p keep              a cluster of 8 blocks, or one, a row
+//   logprobs           log softmax, rank and top tokens                             likewise
+//
+// logits [rows, vocab_size] float; everything else is a column [rows] or CSR. What is drawn does not depend on how many
+// blocks share a row: scores, thresholds and counts are maxima and sums of integers, in whatever order they come. No
+// pointer is __restrict__: the kernels may start before the one in front has ended (pdl), and what that one writes
+// must not come through the read-only cache.
+//
+// Bytes: a row is read once (sample; a cluster), or 2 to 5 times by a block of its own. At 4.4 TB/s that is 35 us for
+// 256 rows of 151936. Nothing is sorted: thresholds are found by search, and only if a row asks for them.
+//
+// H200, vocab_size 151936, logits N(0, 1), replayed from a graph, cold L2, us:
+//
+//   rows                     1     8    16    32    64   128   256
+//   greedy                 3.1   4.4   6.0   8.3  12.6  22.1  40.0
+//   temperature            4.4   8.3  10.8  15.4  24.7  41.6  75.4
+//   top_k 50              12.9  13.5  18.0  28.8  45.2  78.7  89.7     the last column with one block a row:
+//   top_k 1000            22.7  23.7  31.2  50.1  79.2   139   251     it loses up to 64 rows (51 us for top_k 50,
+//   top_p 0.9             27.6  31.4  41.0  60.3  97.6   173   300     180 for top_p) and wins from 256 on (a cluster
+//   logprobs, 20 on top   13.4  14.1  20.0  30.8  48.4  82.5   133     takes 150 and 322)
+//
+// Tried:
+//   - every token scored, no bounds: not built; two logarithms and a division a token are several times the loads
+//   - all four tokens of a group scored when one might win, bounds for each warp alone: temperature 12.1 us for 8 rows
+//   - top_k always by histograms, no short list: top_k 50 took 23.0 us for 1 row, 209 for 256
+//   - mass as 40-bit integers in two words with a carry: top_p took 38.6 us for 1 row, 471 for 256 in clusters
+//   - blocks of 1024 threads in the cluster: top_k 50 took 28.1 us for 16 rows; one block of 256: 123 for 256 rows
+//   - 8 blocks of `sample` a multiprocessor instead of 4: 10.9 us for 8 rows, 77.6 for 256
 #include "common.cuh"
 #include "philox.cuh"
 
@@ -309,12 +340,12 @@ __device__ inline uint64_t draw(const Values& values, const Noise& noise, float 
 // scratch: [number of allowed ids] float.
 template <int THREADS>
 __global__ void __launch_bounds__(THREADS) apply_rules(
-    float* __restrict__ logits, const int* __restrict__ allowed_offsets, const int* __restrict__ allowed_ids,
-    float* __restrict__ scratch, const int* __restrict__ bias_offsets, const int* __restrict__ bias_ids,
-    const float* __restrict__ bias_values, const int* __restrict__ penalty_offsets,
-    const int* __restrict__ penalty_ids, const int* __restrict__ penalty_counts,
-    const float* __restrict__ repetition_penalty, const float* __restrict__ presence_penalty,
-    const float* __restrict__ frequency_penalty, int vocab_size) {
+    float* logits, const int* allowed_offsets, const int* allowed_ids,
+    float* scratch, const int* bias_offsets, const int* bias_ids,
+    const float* bias_values, const int* penalty_offsets,
+    const int* penalty_ids, const int* penalty_counts,
+    const float* repetition_penalty, const float* presence_penalty,
+    const float* frequency_penalty, int vocab_size) {
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
     const int row = blockIdx.x;
@@ -364,9 +395,9 @@ __device__ inline Noise noise_of_row(const uint64_t* seeds, const int* positions
 // integer, so the order does not matter), and the last to arrive writes the token and clears both.
 template <int THREADS>
 __global__ void __launch_bounds__(THREADS) sample(
-    const float* __restrict__ logits, const float* __restrict__ temperatures, const uint64_t* __restrict__ seeds,
-    const int* __restrict__ positions, uint64_t* __restrict__ best, uint32_t* __restrict__ arrived,
-    int* __restrict__ token_ids, int vocab_size, int splits) {
+    const float* logits, const float* temperatures, const uint64_t* seeds,
+    const int* positions, uint64_t* best, uint32_t* arrived,
+    int* token_ids, int vocab_size, int splits) {
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
     const int row = blockIdx.x / splits;
@@ -500,7 +531,7 @@ struct Search {
 // What is 32 below the maximum or more has none.
 template <int CLUSTER, int THREADS, bool MASS, typename Values>
 __device__ inline float find_threshold(
-    Search& search, const Values& values, float floor, float row_max, float scale, double target) {
+    Search& search, const Values& values, float floor, float row_max, float scale, float target) {
     constexpr int BLOCK_BINS = NUM_BINS / CLUSTER;                                // summed by one block
     constexpr int THREAD_BINS = BLOCK_BINS > THREADS ? BLOCK_BINS / THREADS : 1;  // and by one of its threads
     const bool has_bins = threadIdx.x * THREAD_BINS < BLOCK_BINS;
@@ -571,7 +602,7 @@ __device__ inline float find_threshold(
             total += *peer<CLUSTER>(&search.block_weight, rank);
         }
         if (shift < 0) {
-            limit = __double2ull_ru(MASS ? target * static_cast<double>(total) : target);
+            limit = MASS ? __double2ull_ru(static_cast<double>(target) * static_cast<double>(total)) : uint64_t(target);
             if (limit >= total) return floor;
         }
 
@@ -642,9 +673,9 @@ __device__ inline uint64_t draw_from_list(
 // without a filter go straight to that.
 template <int CLUSTER, int THREADS>
 __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 2) filter_and_sample(
-    const float* __restrict__ logits, const float* __restrict__ temperatures, const int* __restrict__ top_k,
-    const float* __restrict__ top_p, const float* __restrict__ min_p, const uint64_t* __restrict__ seeds,
-    const int* __restrict__ positions, int* __restrict__ token_ids, int vocab_size) {
+    const float* logits, const float* temperatures, const int* top_k,
+    const float* top_p, const float* min_p, const uint64_t* seeds,
+    const int* positions, int* token_ids, int vocab_size) {
     constexpr bool RESIDENT = CLUSTER > 1;
     extern __shared__ float4 resident[];
     __shared__ Search search;
@@ -703,7 +734,8 @@ __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 2) filter_a
                 threshold = find_threshold<CLUSTER, THREADS, false>(search, values, threshold, row_max, scale, k);
             }
             if (finite && top_p[row] < 1.0f) {
-                threshold = find_threshold<CLUSTER, THREADS, true>(search, values, threshold, row_max, 64.0f, top_p[row]);
+                const float p = top_p[row];
+                threshold = find_threshold<CLUSTER, THREADS, true>(search, values, threshold, row_max, 64.0f, p);
             }
             winner = draw<true>(values, noise(), threshold);
         }
@@ -719,8 +751,8 @@ __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 2) filter_a
 // logits [rows, vocab_size]. CLUSTER blocks a row, as above. A row with NaN gives NaN.
 template <int CLUSTER, int THREADS>
 __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 2) logprobs(
-    const float* __restrict__ logits, const int* __restrict__ token_ids, float* __restrict__ chosen_logprobs,
-    int* __restrict__ ranks, int* __restrict__ top_ids, float* __restrict__ top_logprobs, int vocab_size, int num_top) {
+    const float* logits, const int* token_ids, float* chosen_logprobs,
+    int* ranks, int* top_ids, float* top_logprobs, int vocab_size, int num_top) {
     constexpr bool RESIDENT = CLUSTER > 1;
     extern __shared__ float4 resident[];
     __shared__ Search search;

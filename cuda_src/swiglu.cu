@@ -4,6 +4,12 @@
 // Each thread makes SIZE neighbouring outputs of one row (one vector; SIZE = 1 where rows are not whole vectors);
 // blocks_per_row blocks share a row.
 // Bytes: reads gate_up once, writes half as much.
+//
+// Measured (H200, bf16, launches of one graph; activations of few rows in L2, of many in memory):
+//   rows x intermediate_size   1 x 3072   64 x 3072   256 x 12288   16384 x 3072      8192 x 12288
+//                               0.93 us     1.70 us       5.91 us   71.5 us, 4.2 TB/s   140 us, 4.3 TB/s
+// What lost: a division rounded to the last bit (16384 x 3072: 167 us, bound by arithmetic); streaming loads (74.1 us);
+// blocks of 256 threads (the same).
 #include "common.cuh"
 
 template <typename T, int SIZE>

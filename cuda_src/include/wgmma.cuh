@@ -71,7 +71,8 @@ __device__ inline void register_limit_raise() {
 // `tile_stride`: bytes to the tile beside it, for operands whose rows run along the columns of the result.
 __device__ inline uint64_t matrix_descriptor(uint32_t address, int tile_stride = 16) {
     constexpr uint64_t GROUP_STRIDE = 8 * SWIZZLE_ROW, SWIZZLE_128 = 1ull << 62;
-    return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(tile_stride >> 4) << 16 | GROUP_STRIDE >> 4 << 32 | SWIZZLE_128;
+    const uint64_t start = (address & 0x3ffff) >> 4, stride = tile_stride >> 4;
+    return start | stride << 16 | GROUP_STRIDE >> 4 << 32 | SWIZZLE_128;
 }
 
 // Registers that a product reads or writes are handed over by wgmma_fence, and are ours again after wgmma_wait.

@@ -140,14 +140,16 @@ def embedding(ids: Array, table: Array) -> Array:
 # ---- rotary embedding and cache -----------------------------------------------------------------------------------
 
 
-def _rope_threads(num_heads: int, head_dim: int, itemsize: int) -> int:
-    """Threads for all heads of a token at once, as rope.cu lays them out, if a block may have that many."""
+@functools.cache
+def _rope_threads(num_heads: int, head_dim: int, itemsize: int, many_tokens: bool) -> int:
+    """Threads a block for rope.cu, which gives each head the lanes counted here."""
     half = head_dim // 2
     size = VECTOR_BYTES // itemsize
     while half % size:
         size //= 2
     lanes = min(1 << (half // size - 1).bit_length(), WARP)
-    return min(_round_up(num_heads * lanes, WARP), 512)
+    # Few tokens: all heads at once is the shortest way. Many: small blocks, so that some load while others store.
+    return 64 if many_tokens else min(_round_up(num_heads * lanes, WARP), 512)
 
 
 def rope_store_kv(
@@ -189,7 +191,8 @@ def rope_store_kv(
         qkv, positions, rope_table, q_norm, k_norm, q, k_cache, v_cache, slot_mapping,
         np.int32(num_q_heads), np.int32(num_kv_heads), np.float32(eps),
     )  # fmt: skip
-    kernel((num_tokens,), (_rope_threads(num_heads, head_dim, qkv.itemsize),), args)
+    threads = _rope_threads(num_heads, head_dim, qkv.itemsize, num_tokens > 512)
+    kernel((num_tokens,), (threads,), args)
     return q
 
 

@@ -228,9 +228,8 @@ def gemv_tile(num_rows: int, out_features: int, in_features: int) -> GemvTile:
 
 def prefers_gemv(num_rows: int, out_features: int, in_features: int, dtype: np.dtype) -> bool:
     """Whether gemv.cu is faster than cuBLASLt; its card has the measurements."""
-    if dtype == np.float32:
-        return num_rows <= 4
-    return num_rows <= 8 or (num_rows <= MAX_GEMV_ROWS and min(out_features, in_features) <= 2048)
+    small = out_features <= 16384 and min(out_features, in_features) <= 2048
+    return num_rows <= 8 or (dtype != np.float32 and num_rows <= MAX_GEMV_ROWS and small)
 
 
 @functools.cache

@@ -68,7 +68,7 @@ def assert_close(actual, expected, dtype, steps, magnitude=None):
 HIDDEN_SIZES = (1, 7, 8, 64, 111, 500, 1024, 2560, 4096, 5120, 8192, 16384, 16400, 20001)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 19, 989])
+@pytest.mark.parametrize("rows", [0, 1, 19, 1025])
 @pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
 def test_rms_norm(dtype, rows, hidden_size):
     x, weight = random((rows, hidden_size), dtype, 1, scale=3), random(hidden_size, dtype, 2)
@@ -95,7 +95,7 @@ def test_rms_norm_of_tiny_and_huge_rows():
     assert_close(out, NumpyOps().rms_norm(huge, weight, NORM_EPS), np.float32, 40)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 19, 989])
+@pytest.mark.parametrize("rows", [0, 1, 19, 1025])
 @pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
 def test_add_rms_norm(dtype, rows, hidden_size):
     x, residual = random((rows, hidden_size), dtype, 1), random((rows, hidden_size), dtype, 2, scale=5)
@@ -209,6 +209,11 @@ def test_rope_store_kv_without_norms(dtype, norms):
         magnitude = np.concatenate([heads, heads], axis=-1)
         bound = eps_of(dtype) * np.abs(f32(expected_q)) + 4 * EPS32 * magnitude
         assert (np.abs(f32(q) - f32(expected_q)) <= bound).all()
+
+
+@pytest.mark.parametrize("head_dim", [20, 128, 256])
+def test_rope_store_kv_of_many_tokens(dtype, head_dim):
+    check_rope(rope_case(dtype, 989, 14, 2, head_dim), dtype)  # launched in smaller blocks
 
 
 def test_rope_store_kv_of_nothing(dtype):

@@ -190,6 +190,8 @@ def test_few_rows_go_to_gemv():
     assert gemm.prefers_gemv(1, 151936, 1024, BFLOAT16)
     assert gemm.prefers_gemv(16, 4096, 1024, BFLOAT16)
     assert not gemm.prefers_gemv(9, 24576, 4096, BFLOAT16)
+    assert not gemm.prefers_gemv(9, 151936, 1024, BFLOAT16)
+    assert not gemm.prefers_gemv(9, 1024, 1024, FLOAT32)
     assert not gemm.prefers_gemv(17, 1024, 1024, BFLOAT16)
     assert not gemm.prefers_gemv(64, 1024, 1024, FLOAT32)
 
