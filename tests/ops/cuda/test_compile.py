@@ -25,8 +25,14 @@ COVERAGE = {
 }
 
 EXPLAINED = {
-    # Some tens of bytes at NVRTC 12.9 and 13.0. Untuned: no Blackwell GPU was at hand to say what would be faster.
+    # Some tens of bytes. Untuned: no Blackwell GPU was at hand to say what would be faster.
     ("sm_100a", "flash_attention<bf16, 128, 2, 64> (flash_attention.cu)"),
+    # 8 bytes a thread. Ampere and Ada wait for their own choice of tiles.
+    *(
+        (arch, f"gemv_mma<bf16, {out}, 1, 16, 4, false> (gemv.cu)")
+        for arch in ("sm_80", "sm_86", "sm_89")
+        for out in ("bf16", "float")
+    ),
 }
 """Kernels that keep something in local memory on an architecture, and why they may."""
 
@@ -40,9 +46,9 @@ def test_every_kernel_compiles_without_spills_or_warnings(arch):
         cubin = kernel.compile(arch)
         if cubin.warnings:
             flaws.append(f"{kernel}: {cubin.warnings}")
-        if cubin.resources.stack_bytes or cubin.resources.spill_bytes:
+        spills = cubin.resources.stack_bytes or cubin.resources.spill_bytes
+        if spills and (arch, repr(kernel)) not in EXPLAINED:
             flaws.append(f"{kernel}: {cubin.resources}")
-    flaws = [flaw for flaw in flaws if flaw.partition(":")[0] not in EXPLAINED]
     assert not flaws, "\n".join(flaws)
 
 
