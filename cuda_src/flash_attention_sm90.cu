@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             float s[S_TILES][4];
             uint32_t p[BLOCK_N / 16][4];
             SoftmaxState softmax[2];  // of rows group and group + 8; `sum` only over this lane's keys
-            float factor[1][2];       // for O, when the maxima have risen
+            float factor[2];          // for O, when the maxima have risen
             int newest_of_tile[2];    // key that the row sees, less this lane's first column
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -323,13 +323,13 @@ __global__ void __launch_bounds__(THREADS, 1)
                     const int newest[2] = {newest_of_tile[0] - first_key, newest_of_tile[1] - first_key};
                     hide_keys(s, newest, window);
                 }
-                raise(softmax, factor[0], s, scale_log2);
+                raise(softmax, factor, s, scale_log2);
                 weigh(s, softmax, scale_log2);
             };
             const auto scale_output = [&] {
                 if (!any_change(factor)) return;
 #pragma unroll
-                for (int n = 0; n < N_PRODUCTS; n++) scale_rows(o[n], factor[0]);
+                for (int n = 0; n < N_PRODUCTS; n++) scale_rows(o[n], factor);
             };
 
             wait_full(use_count);
@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     float weight[2];
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
-                        factor[0][half] = softmax[half].raise(other_max[half]);
+                        factor[half] = softmax[half].raise(other_max[half]);
                         weight[half] = softmax[half].add(SoftmaxState{other_max[half], other_sum[half]});
                     }
 #pragma unroll
@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
                             float& own = o[i / O_TILES][i % O_TILES][e];
-                            own = own * factor[0][e / 2] + weight[e / 2] * x[e];
+                            own = own * factor[e / 2] + weight[e / 2] * x[e];
                         }
                     }
                 }

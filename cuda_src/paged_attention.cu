@@ -5,10 +5,10 @@
 // Shapes: q, out [tokens, Hq, D]; k_cache, v_cache [blocks, block_size, Hkv, D]; block_tables [B, max_blocks];
 // G = Hq / Hkv. Sequence b's query is row cu_seqlens_q[b]; sequences with no or several queries are left alone.
 //
-// Who does what: the keys of each sequence and KV head are cut into tiles of 64, all tiles of the batch are laid
+// Who does what: the keys of each sequence and KV head are cut into tiles of 16 WARPS, all tiles of the batch are laid
 // end to end, and each block gets an equal share of them, whatever the lengths (stream-K; Osama et al., 2023): the
 // host needs to know none of them, and one long sequence among short ones keeps no one waiting. A block reads each
-// key once for all G query heads. Its four warps work alone, each with its own ring of 16-key tiles in shared
+// key once for all G query heads. Its warps work alone, each with its own ring of 16-key tiles in shared
 // memory (cp.async), on S^T = K Q^T and O^T = V^T P^T: the keys are the 16 rows of an mma, the heads its 8 columns,
 // so little is wasted when G is 4. A block's warps merge when a sequence and head is done; blocks that share one
 // leave partial results, and the last of them to arrive merges.
@@ -31,10 +31,7 @@
 #include "ragged.cuh"
 #include "softmax_state.cuh"
 
-constexpr int WARPS = 4;
-constexpr int THREADS = WARPS * WARP_SIZE;
 constexpr int WARP_KEYS = 16;  // keys of a warp in a tile: the M of an mma
-constexpr int TILE_KEYS = WARPS * WARP_KEYS;
 constexpr int STAGES = 2;       // tiles in shared memory
 constexpr int LONG_SHARE = 16;  // tiles a block: with that much to do for each, all blocks work
 
@@ -55,13 +52,14 @@ struct PartialResult {
     }
 };
 
-template <typename T, int D, int N_TILES>
-__global__ void __launch_bounds__(THREADS)
+template <typename T, int D, int WARPS, int N_TILES>
+__global__ void __launch_bounds__(WARPS * WARP_SIZE)
     paged_attention(T* __restrict__ out, const T* __restrict__ q, const T* __restrict__ k_cache,
                     const T* __restrict__ v_cache, const int* __restrict__ cu_seqlens_q,
                     const int* __restrict__ seq_lens, const int* __restrict__ block_tables,
                     uint8_t* __restrict__ partials, int* __restrict__ arrivals, int few_blocks, int num_sequences,
                     int max_blocks, int block_size, int num_kv_heads, int group_size, float scale, int window) {
+    constexpr int THREADS = WARPS * WARP_SIZE, TILE_KEYS = WARPS * WARP_KEYS;
     constexpr int HEADS = 8 * N_TILES;                       // query heads of a block, some may be padding
     constexpr int ROW = D + 8;                               // padded rows, so that ldmatrix meets no bank twice
     constexpr int HALF_STAGE = WARP_KEYS * ROW * sizeof(T);  // bytes of a warp's keys, or values, of one tile

@@ -24,7 +24,6 @@
 //   logprobs, 20 on top   13.4  14.1  20.0  30.8  48.4  82.5   133     takes 150 and 322)
 //
 // Tried:
-//   - every token scored, no bounds: not built; two logarithms and a division a token are several times the loads
 //   - all four tokens of a group scored when one might win, bounds for each warp alone: temperature 12.1 us for 8 rows
 //   - top_k always by histograms, no short list: top_k 50 took 23.0 us for 1 row, 209 for 256
 //   - mass as 40-bit integers in two words with a carry: top_p took 38.6 us for 1 row, 471 for 256 in clusters
@@ -340,11 +339,9 @@ __device__ inline uint64_t draw(const Values& values, const Noise& noise, float 
 // scratch: [number of allowed ids] float.
 template <int THREADS>
 __global__ void __launch_bounds__(THREADS) apply_rules(
-    float* logits, const int* allowed_offsets, const int* allowed_ids,
-    float* scratch, const int* bias_offsets, const int* bias_ids,
-    const float* bias_values, const int* penalty_offsets,
-    const int* penalty_ids, const int* penalty_counts,
-    const float* repetition_penalty, const float* presence_penalty,
+    float* logits, const int* allowed_offsets, const int* allowed_ids, float* scratch, const int* bias_offsets,
+    const int* bias_ids, const float* bias_values, const int* penalty_offsets, const int* penalty_ids,
+    const int* penalty_counts, const float* repetition_penalty, const float* presence_penalty,
     const float* frequency_penalty, int vocab_size) {
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
@@ -395,9 +392,8 @@ __device__ inline Noise noise_of_row(const uint64_t* seeds, const int* positions
 // integer, so the order does not matter), and the last to arrive writes the token and clears both.
 template <int THREADS>
 __global__ void __launch_bounds__(THREADS) sample(
-    const float* logits, const float* temperatures, const uint64_t* seeds,
-    const int* positions, uint64_t* best, uint32_t* arrived,
-    int* token_ids, int vocab_size, int splits) {
+    const float* logits, const float* temperatures, const uint64_t* seeds, const int* positions, uint64_t* best,
+    uint32_t* arrived, int* token_ids, int vocab_size, int splits) {
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
     const int row = blockIdx.x / splits;
@@ -673,9 +669,8 @@ __device__ inline uint64_t draw_from_list(
 // without a filter go straight to that.
 template <int CLUSTER, int THREADS>
 __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 2) filter_and_sample(
-    const float* logits, const float* temperatures, const int* top_k,
-    const float* top_p, const float* min_p, const uint64_t* seeds,
-    const int* positions, int* token_ids, int vocab_size) {
+    const float* logits, const float* temperatures, const int* top_k, const float* top_p, const float* min_p,
+    const uint64_t* seeds, const int* positions, int* token_ids, int vocab_size) {
     constexpr bool RESIDENT = CLUSTER > 1;
     extern __shared__ float4 resident[];
     __shared__ Search search;
@@ -687,13 +682,14 @@ __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 2) filter_a
     const Part part = {logits + static_cast<int64_t>(row) * vocab_size, vocab_size, rank, CLUSTER};
 
     const float temperature = temperatures[row];
-    const int k = top_k[row] > 0 ? min(top_k[row], vocab_size) : vocab_size;
-    const auto noise = [&] { return noise_of_row(seeds, positions, row); };  // read late: registers are short
+    // Read where they are used: registers are short.
+    const auto k = [&] { return top_k[row] > 0 ? min(top_k[row], vocab_size) : vocab_size; };
+    const auto noise = [&] { return noise_of_row(seeds, positions, row); };
 
     uint64_t winner = no_candidate();
     if (temperature == 0.0f) {
         winner = argmax(Values<THREADS, false, false>{part, nullptr, 1.0f});
-    } else if (k == vocab_size && top_p[row] >= 1.0f && !(min_p[row] > 0.0f)) {
+    } else if (k() == vocab_size && top_p[row] >= 1.0f && !(min_p[row] > 0.0f)) {
         winner = draw<false>(Values<THREADS, false, true, 2>{part, nullptr, temperature}, noise(), -INF);
     } else {
         if (threadIdx.x == 0) list.size = 0;
@@ -711,12 +707,12 @@ __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 2) filter_a
         });
         uint32_t floor_key;
         const uint32_t key = float_to_key(__fdiv_rn(largest, temperature));
-        const float row_max = key_to_float(find_maximum<CLUSTER, THREADS>(maxima, key, k, floor_key));
+        const float row_max = key_to_float(find_maximum<CLUSTER, THREADS>(maxima, key, k(), floor_key));
 
         const bool finite = fabsf(row_max) < INF;
         float threshold = finite ? row_max + logf(min_p[row]) : -INF;  // log(0) = -inf
         bool listed = false;
-        if (finite && k <= NUM_MAXIMA) {
+        if (finite && k() <= NUM_MAXIMA) {
             const float floor = fmaxf(threshold, key_to_float(floor_key));
             ShortList<THREADS>* first_list = peer<CLUSTER>(&list, 0);
             values.for_each([&](float x, int token) {
@@ -725,13 +721,13 @@ __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 2) filter_a
             cluster_sync<CLUSTER>();
             const int size = first_list->size;
             listed = size <= THREADS;
-            if (listed && rank == 0) winner = draw_from_list<THREADS>(list, size, k, top_p[row], row_max, noise());
+            if (listed && rank == 0) winner = draw_from_list<THREADS>(list, size, k(), top_p[row], row_max, noise());
         }
         if (!listed) {
-            if (finite && k < vocab_size) {
+            if (finite && k() < vocab_size) {
                 // Bins of about 1/64 for logits, whatever the temperature.
                 const float scale = __uint_as_float(__float_as_uint(64.0f * temperature) & 0x7f800000u);
-                threshold = find_threshold<CLUSTER, THREADS, false>(search, values, threshold, row_max, scale, k);
+                threshold = find_threshold<CLUSTER, THREADS, false>(search, values, threshold, row_max, scale, k());
             }
             if (finite && top_p[row] < 1.0f) {
                 const float p = top_p[row];
@@ -751,8 +747,8 @@ __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 2) filter_a
 // logits [rows, vocab_size]. CLUSTER blocks a row, as above. A row with NaN gives NaN.
 template <int CLUSTER, int THREADS>
 __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 2) logprobs(
-    const float* logits, const int* token_ids, float* chosen_logprobs,
-    int* ranks, int* top_ids, float* top_logprobs, int vocab_size, int num_top) {
+    const float* logits, const int* token_ids, float* chosen_logprobs, int* ranks, int* top_ids, float* top_logprobs,
+    int vocab_size, int num_top) {
     constexpr bool RESIDENT = CLUSTER > 1;
     extern __shared__ float4 resident[];
     __shared__ Search search;

@@ -95,12 +95,8 @@ __device__ inline void weigh(float (&s)[N][4], SoftmaxState (&softmax)[2], float
 }
 
 // Whether scale_rows has anything to do for any lane of the warp: hardly ever once each row's largest score is met.
-template <int M>
-__device__ inline bool any_change(const float (&factor)[M][2]) {
-    bool change = false;
-#pragma unroll
-    for (int m = 0; m < M; m++) change |= factor[m][0] != 1.0f || factor[m][1] != 1.0f;
-    return __any_sync(FULL_MASK, change);
+__device__ inline bool any_change(const float (&factor)[2]) {
+    return __any_sync(FULL_MASK, factor[0] != 1.0f || factor[1] != 1.0f);
 }
 
 template <int N>

@@ -25,7 +25,7 @@ MAX_HEAD_DIM = 256
 HOPPER = (9, 0)
 NO_WINDOW = 1 << 30  # beyond any position
 
-THREADS = 128  # a block, of all kernels but Hopper's
+THREADS = 128  # a block, in flash_attention.cu
 ROW_PADDING = 8  # elements behind each row in shared memory
 
 
@@ -50,7 +50,7 @@ class PrefillTile:
     @staticmethod
     def of(head_dim: int) -> PrefillTile:
         if head_dim <= 64:
-            return PrefillTile(m_tiles=2, block_n=128)
+            return PrefillTile(m_tiles=2, block_n=112)
         if head_dim <= 128:
             return PrefillTile(m_tiles=2, block_n=64)
         return PrefillTile(m_tiles=1, block_n=48)
@@ -97,8 +97,9 @@ class HopperTile:
 
 @dataclass(frozen=True)
 class DecodeTile:
-    """The tile of paged_attention: 64 keys by 8 n_tiles query heads of one KV head."""
+    """The tile of paged_attention: 16 warps keys by 8 n_tiles query heads of one KV head."""
 
+    warps: int
     n_tiles: int
 
     MAX_BLOCKS_PER_SM = 3
@@ -107,11 +108,18 @@ class DecodeTile:
 
     @staticmethod
     def of(head_dim: int, group_size: int) -> DecodeTile:
-        # 16 heads of more than 128 elements do not fit into registers: then keys are read once for each 8 heads.
-        return DecodeTile(n_tiles=2 if group_size > 8 and head_dim <= 128 else 1)
+        if head_dim > 128:
+            # Four warps would need more shared memory than compute capability 8.6 has, and 16 heads more registers:
+            # with larger groups, keys are read once for each 8 heads.
+            return DecodeTile(warps=2, n_tiles=1)
+        return DecodeTile(warps=4, n_tiles=1 if group_size <= 8 else 2)
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
 
     def shared_memory(self, head_dim: int, itemsize: int) -> int:
-        return self.STAGES * 2 * 64 * (head_dim + ROW_PADDING) * itemsize
+        return self.STAGES * 2 * 16 * self.warps * (head_dim + ROW_PADDING) * itemsize
 
     def blocks(self, head_dim: int, itemsize: int, info: DeviceInfo) -> int:
         """As many as the GPU can run at once."""
@@ -120,7 +128,8 @@ class DecodeTile:
         return info.num_sms * max(1, min(per_sm, self.MAX_BLOCKS_PER_SM))
 
     def kernel(self, dtype: np.dtype, head_dim: int) -> Kernel:
-        return _kernel("paged_attention.cu", f"paged_attention<{type_name(dtype)}, {head_dim}, {self.n_tiles}>")
+        name = f"paged_attention<{type_name(dtype)}, {head_dim}, {self.warps}, {self.n_tiles}>"
+        return _kernel("paged_attention.cu", name)
 
 
 def _plain_kernel(dtype: np.dtype, head_dim: int) -> Kernel:
@@ -233,7 +242,7 @@ class Attention:
             few_blocks = np.int32(min(blocks, DecodeTile.FEW_BLOCKS_PER_SM * self._info.num_sms))
             args = (*arrays, self._partials, self._arrivals, few_blocks, *sizes, *rules)
             shared = tile.shared_memory(head_dim, dtype.itemsize)
-            tile.kernel(dtype, head_dim)((blocks,), (THREADS,), args, shared)
+            tile.kernel(dtype, head_dim)((blocks,), (tile.threads,), args, shared)
         return out
 
     @staticmethod

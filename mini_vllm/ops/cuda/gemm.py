@@ -252,7 +252,7 @@ def instances(dtypes: Iterable[np.dtype] = DTYPES) -> list[Kernel]:
     """Every kernel that this module launches for these data types."""
     kernels = []
     for dtype in map(np.dtype, dtypes):
-        for out_dtype in {dtype: None, np.dtype(np.float32): None}:
+        for out_dtype in dict.fromkeys((dtype, np.dtype(np.float32))):
             kernels += [_plain_kernel(dtype, out_dtype, rows, False) for rows in (1, 8)]
             if dtype == np.float32:
                 kernels += [_plain_kernel(dtype, out_dtype, rows, True) for rows in (1, 2, 4, 8)]

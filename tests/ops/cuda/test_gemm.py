@@ -12,7 +12,7 @@ import pytest
 
 cupy = pytest.importorskip("cupy")
 
-from mini_vllm.ops.cuda import gemm  # noqa: E402
+from mini_vllm.ops.cuda import CudaUnavailable, gemm  # noqa: E402
 from mini_vllm.ops.cuda.device import GPUAllocator  # noqa: E402
 from mini_vllm.ops.cuda.kernel import DTYPES  # noqa: E402
 from mini_vllm.ops.weight import DenseWeight  # noqa: E402
@@ -143,9 +143,8 @@ def test_a_row_does_not_depend_on_its_neighbours(multiply, dtype):
     x, weight, bias = operands(8, 1000, 512, dtype, True)
     device_x, device_weight = on_device(x, weight, bias)
     full = cupy.asnumpy(multiply.linear(device_x, device_weight))
-    other = device_x.copy()
-    other[:3], other[4:] = np.nan, np.inf
-    assert np.array_equal(cupy.asnumpy(multiply.linear(other, device_weight))[3], full[3])
+    x[:3], x[4:] = np.nan, np.inf
+    assert np.array_equal(cupy.asnumpy(multiply.linear(cupy.asarray(x), device_weight))[3], full[3])
 
 
 @pytest.mark.gpu
@@ -163,7 +162,7 @@ def test_capture_replays_on_new_inputs(multiply, dtype, rows):
         for seed in (5, 6):
             x = random(x.shape, dtype, seed)
             device_x.set(x, stream)
-            y[...] = np.nan
+            y.view(np.uint8).fill(0xFF)
             graph.launch(stream)
             stream.synchronize()
             assert_product(y, x, weight, bias)
@@ -205,3 +204,23 @@ def test_every_tile_is_among_the_instances(rows):
     for tile in tiles:
         wide = str(rows > 8).lower()
         assert f"gemv_mma<bf16, float, {tile.tiles}, {tile.warps}, {tile.unroll}, {wide}>" in names
+
+
+def test_errors_name_status_and_shapes():
+    problem = gemm._Problem(2, 5, 3, BFLOAT16, FLOAT32, True, 16)
+    message = (
+        r"CUBLAS_STATUS_INVALID_VALUE from cuBLASLt for bfloat16 x \[2, 3\] times weight \[5, 3\] \+ bias to float32"
+    )
+    with pytest.raises(gemm.CublasError, match=message):
+        gemm._check(7, f"for {problem}")
+
+
+def test_a_missing_library_is_said_clearly(monkeypatch):
+    pathfinder = pytest.importorskip("cuda.pathfinder")
+
+    def not_found(name):
+        raise pathfinder.DynamicLibNotFoundError(name)
+
+    monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", not_found)
+    with pytest.raises(CudaUnavailable, match=r"cuBLAS \(libcublasLt\) is not installed; install .* pip install"):
+        gemm._library.__wrapped__()
