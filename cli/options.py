@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mini_vllm.config import DEVICES, DTYPES, GENERATION_CONFIGS, LOAD_FORMATS
+from mini_vllm.config import DEVICES, DTYPES, GENERATION_CONFIGS, LOAD_FORMATS, SCHEDULING_POLICIES
 
 if TYPE_CHECKING:
     from mini_vllm import LLM, SamplingParams
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ENGINE_OPTIONS = [
     ("--model", {"help": "Directory of an HF checkpoint or hub id; default is the bundled demo model."}),
     ("--revision", {"help": "Branch, tag or commit of a hub id."}),
-    ("--device", {"type": click.Choice(DEVICES), "help": "auto is the CPU while the CUDA backend is young."}),
+    ("--device", {"type": click.Choice(DEVICES), "help": "auto is CUDA where that works, else the CPU."}),
     ("--dtype", {"type": click.Choice(DTYPES), "help": "Of weights, activations and KV cache."}),
     ("--max-model-len", {"type": int, "help": "Tokens of prompt and output together."}),
     ("--block-size", {"type": int, "help": "Tokens per KV-cache block."}),
@@ -27,6 +27,12 @@ ENGINE_OPTIONS = [
     ("--max-num-seqs", {"type": int, "help": "Sequences running at once."}),
     ("--max-num-batched-tokens", {"type": int, "help": "Tokens per engine step."}),
     ("--gpu-memory-utilization", {"type": float, "help": "Share of GPU memory to use."}),
+    (
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        {"default": None, "help": "Share and keep the K/V of equal prefixes (on by default)."},
+    ),
+    ("--swap-space", {"type": int, "help": "Bytes of host memory for K/V that does not fit the device."}),
+    ("--policy", {"type": click.Choice(SCHEDULING_POLICIES), "help": "Who runs first: fcfs by default."}),
     ("--enforce-eager", {"is_flag": True, "default": None, "help": "Use no CUDA graphs."}),
     ("--load-format", {"type": click.Choice(LOAD_FORMATS), "help": "dummy: random weights, for benchmarks."}),
     (
@@ -73,11 +79,11 @@ class GroupedOption(click.Option):
 
 
 def option_group(group: str, options: list[tuple[str, dict[str, Any]]]) -> Callable:
-    """A decorator that adds options under one heading of the help."""
+    """A decorator that adds options, {flag or "flag and aliases": attributes}, under one heading of the help."""
 
     def decorate(function: Callable) -> Callable:
         for flag, attributes in reversed(options):
-            function = click.option(flag, cls=GroupedOption, group=group, **attributes)(function)
+            function = click.option(*flag.split(), cls=GroupedOption, group=group, **attributes)(function)
         return function
 
     return decorate
@@ -89,7 +95,7 @@ sampling_options = option_group("Sampling", SAMPLING_OPTIONS)
 
 def given(options: list[tuple[str, dict[str, Any]]], values: dict[str, Any]) -> dict[str, Any]:
     """The values of a group that the user gave."""
-    names = [flag.removeprefix("--").replace("-", "_") for flag, _ in options]
+    names = [flag.split("/")[0].removeprefix("--").replace("-", "_") for flag, _ in options]
     return {name: values[name] for name in names if values[name] not in (None, ())}
 
 

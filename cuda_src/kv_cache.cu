@@ -2,7 +2,8 @@
 // units U of 16 bytes, or of 2 where rows are not whole units, and serve every data type.
 //
 //   reshape_and_cache: cache row slot_mapping[t] = row t of k and v; -1 is padding, nothing is written
-//   copy_blocks:       cache block dst = cache block src, for each pair (src, dst); no dst may be another pair's src
+//   copy_blocks:       target block dst = source block src, for each pair (src, dst); where source and target are one
+//                      cache, no dst may be another pair's src. Either may lie in pinned host memory.
 //
 // Shapes: k, v [tokens, row]; k_cache, v_cache [blocks, block_size, row] with row = Hkv * D; pairs [n, 2].
 // reshape_and_cache: one block a token and cache (blockIdx.y: k or v). copy_blocks: one block a pair and cache.
@@ -24,11 +25,12 @@ __global__ void __launch_bounds__(256) reshape_and_cache(
 
 template <typename U>
 __global__ void __launch_bounds__(256) copy_blocks(
-    void* k_cache, void* v_cache, const int32_t* pairs, int units_per_block) {
+    const void* k_source, const void* v_source, void* k_target, void* v_target, const int32_t* pairs,
+    int units_per_block) {
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
-    U* cache = static_cast<U*>(blockIdx.y ? v_cache : k_cache);
-    const U* source = cache + int64_t(pairs[2 * blockIdx.x]) * units_per_block;
-    U* target = cache + int64_t(pairs[2 * blockIdx.x + 1]) * units_per_block;
+    const int64_t source_block = pairs[2 * blockIdx.x], target_block = pairs[2 * blockIdx.x + 1];
+    const U* source = static_cast<const U*>(blockIdx.y ? v_source : k_source) + source_block * units_per_block;
+    U* target = static_cast<U*>(blockIdx.y ? v_target : k_target) + target_block * units_per_block;
     for (int i = threadIdx.x; i < units_per_block; i += blockDim.x) target[i] = source[i];
 }

@@ -27,6 +27,8 @@
 //   3 stages, 2 blocks a multiprocessor: 256 x 1024 274; 4 stages, 1 block: 294
 //   8 warps, 1 block a multiprocessor: 256 x (100 to 2000) 321
 //   at least two tiles a block: 1 x 128 5.2, but 1 x 384 7.4 instead of 6.4
+//   the next piece's first tile loaded while a piece is merged, and the first one's before griddepcontrol.wait:
+//     256 x 1024 266.7, no gain, so what a batch of short contexts takes beyond its bytes (20 us) is elsewhere
 #include "mma.cuh"
 #include "ragged.cuh"
 #include "softmax_state.cuh"
@@ -34,23 +36,6 @@
 constexpr int WARP_KEYS = 16;  // keys of a warp in a tile: the M of an mma
 constexpr int STAGES = 2;       // tiles in shared memory
 constexpr int LONG_SHARE = 16;  // tiles a block: with that much to do for each, all blocks work
-
-// Four columns of a result under way: sum_j 2^(s_j - m) v_j.
-struct PartialResult {
-    SoftmaxState softmax;
-    float4 o = {};
-
-    __device__ void raise(float score) {
-        const float factor = softmax.raise(score);
-        o = make_float4(o.x * factor, o.y * factor, o.z * factor, o.w * factor);
-    }
-
-    // Adds a result over other keys, whose maximum must not exceed this one's.
-    __device__ void add(const SoftmaxState& other, const float4& other_o) {
-        const float weight = softmax.add(other);
-        o.x += weight * other_o.x, o.y += weight * other_o.y, o.z += weight * other_o.z, o.w += weight * other_o.w;
-    }
-};
 
 template <typename T, int D, int WARPS, int N_TILES>
 __global__ void __launch_bounds__(WARPS * WARP_SIZE)

@@ -19,15 +19,25 @@ if TYPE_CHECKING:
     from mini_vllm.config import EngineConfig, ModelConfig
     from mini_vllm.engine.llm_engine import LLMEngine
     from mini_vllm.llm import LLM
-    from mini_vllm.sampling_params import SamplingParams
+    from mini_vllm.sampling_params import BeamSearchParams, SamplingParams
     from mini_vllm.tokenizer import Tokenizer
 
     CUDA_AVAILABLE: bool
 
 __version__ = "0.1.0"
-__all__ = ["CUDA_AVAILABLE", "LLM", "EngineConfig", "LLMEngine", "ModelConfig", "SamplingParams", "Tokenizer"]
+__all__ = [
+    "CUDA_AVAILABLE",
+    "LLM",
+    "BeamSearchParams",
+    "EngineConfig",
+    "LLMEngine",
+    "ModelConfig",
+    "SamplingParams",
+    "Tokenizer",
+]
 
 _HOMES = {
+    "BeamSearchParams": "mini_vllm.sampling_params",
     "EngineConfig": "mini_vllm.config",
     "LLM": "mini_vllm.llm",
     "LLMEngine": "mini_vllm.engine.llm_engine",

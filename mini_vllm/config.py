@@ -18,6 +18,8 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 LOAD_FORMATS = ("auto", "dummy")
 GENERATION_CONFIGS = ("auto", "none")
+PREFIX_CACHE_POLICIES = ("lru", "lfu", "size")
+SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class EngineConfig:
     """How to run a model. Invalid values raise `ValueError`.
 
     model: directory of an HF checkpoint, or a hub id such as "Qwen/Qwen3-0.6B"; None is the bundled demo.
-    device: "cpu", or "cuda" for an NVIDIA GPU; "auto" is the CPU while the CUDA backend is young.
+    device: "cpu", or "cuda" for an NVIDIA GPU; "auto" is "cuda" where that works, else "cpu".
     dtype: of weights, activations and KV cache; "auto" is float32 on the CPU and the checkpoint's on a GPU.
     max_model_len: prompt and output tokens at most; None takes the model's limit, or what the KV cache holds.
     block_size: tokens per KV-cache block.
@@ -33,7 +35,13 @@ class EngineConfig:
     max_num_seqs: sequences running at once.
     max_num_batched_tokens: tokens of one step; None is 2048, or max_num_seqs if that is more.
     gpu_memory_utilization: share of the GPU's memory that weights, activations and KV cache may take.
-    enable_prefix_caching: share the K/V of equal prompt prefixes between requests.
+    enable_prefix_caching: share the K/V of equal prompt prefixes between requests, and keep it for later ones.
+    prefix_cache_policy: what the prefix cache forgets first: "lru", "lfu" or "size".
+    swap_space: bytes of host memory for K/V that the prefix cache must give up on the device; 0 is none.
+    policy: who runs first: "fcfs", "priority" (lower first) or "sjf" (shortest prompt first); none of them starves.
+    max_num_queued_requests: requests that may wait; further ones end at once with finish_reason "abort".
+    max_queue_time: seconds after which a request that has not started ends with finish_reason "abort".
+    overlap: let the GPU run a step while the host plans the next one. It changes no token.
     enforce_eager: never use CUDA graphs.
     seed: of the requests that bring none of their own, and of dummy weights.
     load_format: "dummy" makes seeded random weights from config.json alone, for benchmarks.
@@ -54,6 +62,12 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
+    prefix_cache_policy: str = "lru"
+    swap_space: int = 0
+    policy: str = "fcfs"
+    max_num_queued_requests: int | None = None
+    max_queue_time: float | None = None
+    overlap: bool = True
     enforce_eager: bool = False
     seed: int = 0
     load_format: str = "auto"
@@ -67,22 +81,37 @@ class EngineConfig:
             ("dtype", DTYPES),
             ("load_format", LOAD_FORMATS),
             ("generation_config", GENERATION_CONFIGS),
+            ("prefix_cache_policy", PREFIX_CACHE_POLICIES),
+            ("policy", SCHEDULING_POLICIES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("max_model_len", "num_kv_blocks", "kv_cache_memory", "max_num_batched_tokens"):
+        for name in (
+            "max_model_len",
+            "num_kv_blocks",
+            "kv_cache_memory",
+            "max_num_batched_tokens",
+            "max_num_queued_requests",
+        ):
             if getattr(self, name) is not None:
                 self._check_positive_int(name)
         self._check_positive_int("block_size")
         self._check_positive_int("max_num_seqs")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be an integer in [0, 2**63), got {self.seed!r}")
-        for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init"):
+        for name in ("enable_prefix_caching", "overlap", "enforce_eager", "skip_tokenizer_init"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
+        if isinstance(self.swap_space, bool) or not isinstance(self.swap_space, int) or self.swap_space < 0:
+            raise ValueError(f"swap_space must be a number of bytes >= 0, got {self.swap_space!r}")
+        if self.swap_space and not self.enable_prefix_caching:
+            raise ValueError("swap_space holds what the prefix cache gives up; it needs enable_prefix_caching=True")
+        wait = self.max_queue_time
+        if wait is not None and (isinstance(wait, bool) or not isinstance(wait, (int, float)) or not wait > 0):
+            raise ValueError(f"max_queue_time must be seconds > 0, got {wait!r}")
         if self.num_kv_blocks is not None and self.kv_cache_memory is not None:
             raise ValueError("num_kv_blocks and kv_cache_memory both size the KV cache; give one of them")
         if self.max_num_batched_tokens is None:

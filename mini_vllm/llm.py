@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mini_vllm.engine.llm_engine import LLMEngine
-from mini_vllm.engine.outputs import RequestOutput
-from mini_vllm.sampling_params import SamplingParams
+from mini_vllm.engine.outputs import BeamSearchOutput, RequestOutput
+from mini_vllm.sampling_params import BeamSearchParams, SamplingParams
 from mini_vllm.tokenizer import Tokenizer
 
 
@@ -63,6 +63,14 @@ class LLM:
     def stream(self, prompt: Any, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the completion of one prompt piece by piece; closing the iterator aborts the request."""
         return self.llm_engine.stream(prompt, sampling_params)
+
+    def beam_search(self, prompts: Any, params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The most likely continuations of prompts in any form that `generate` takes; one output a prompt, in order."""
+        return self.llm_engine.beam_search(prompts, params)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the K/V of all earlier prompts and outputs."""
+        self.llm_engine.reset_prefix_cache()
 
     def get_tokenizer(self) -> Tokenizer | None:
         return self.llm_engine.tokenizer

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 MAX_LOGPROBS = 20
 MAX_SEQUENCES_PER_REQUEST = 16384
@@ -67,6 +67,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     detokenize: bool = True
 
+    max_logprobs: ClassVar[int] = MAX_LOGPROBS
+
     def __post_init__(self) -> None:
         self._check_number("temperature", 0.0, 2.0)
         self._check_number("top_p", 0.0, 1.0, open_low=True)
@@ -78,8 +80,8 @@ class SamplingParams:
         self._check_int("top_k", -1)
         self._check_int("max_tokens", 1, optional=True)
         self._check_int("min_tokens", 0)
-        self._check_int("logprobs", 0, MAX_LOGPROBS, optional=True)
-        self._check_int("prompt_logprobs", 0, MAX_LOGPROBS, optional=True)
+        self._check_int("logprobs", 0, self.max_logprobs, optional=True)
+        self._check_int("prompt_logprobs", 0, self.max_logprobs, optional=True)
         self._check_int("seed", -1, 2**63 - 1, optional=True)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):
             if not isinstance(getattr(self, name), bool):
@@ -156,6 +158,34 @@ class SamplingParams:
                 if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
                     raise ValueError(f"logit_bias[{token_id}] must be a number in [-100, 100], got {bias!r}")
             self._set("logit_bias", dict(self.logit_bias))
+
+
+@dataclass(frozen=True)
+class BeamSearchParams:
+    """What `LLM.beam_search` looks for, with vLLM's names. Invalid values raise `ValueError`.
+
+    beam_width: continuations followed at a time, and returned.
+    max_tokens: new tokens at most.
+    ignore_eos: go on to max_tokens always.
+    length_penalty: scores are log probabilities divided by the number of new tokens to this power; above 0 favours
+        long continuations.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    length_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("beam_width", "max_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
+        penalty = self.length_penalty
+        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not math.isfinite(penalty):
+            raise ValueError(f"length_penalty must be a finite number, got {penalty!r}")
 
 
 def _strings(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:

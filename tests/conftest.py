@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from mini_vllm.engine.batch_state import BatchState
 from mini_vllm.engine.model_input import build_model_input
 from mini_vllm.models.kv_cache import KVCache
 from mini_vllm.ops.base import map_arrays
@@ -132,7 +133,9 @@ def prompt_logits() -> Callable[[LLM, list[int]], np.ndarray]:
         blocks = BlockManager(-(-length // block_size), block_size)
         scheduler = Scheduler(blocks, max_num_seqs=1, max_num_batched_tokens=length)
         scheduler.add(Sequence(0, token_ids, SamplingParams(), max_num_tokens=length + 1))
-        host = build_model_input(scheduler.schedule(), block_size)
+        plan, state = scheduler.schedule(), BatchState(1, blocks.num_blocks, block_size)
+        state.apply(plan)
+        host = build_model_input(plan, state)
         kv = KVCache(runner.model.config, blocks.num_blocks, block_size, ops)
         hidden = runner.model.forward(
             ops.to_device(host.input_ids),

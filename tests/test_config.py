@@ -8,7 +8,15 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from mini_vllm.config import EngineConfig, ModelConfig, RopeConfig, read_json, token_id_list
+from mini_vllm.config import (
+    PREFIX_CACHE_POLICIES,
+    SCHEDULING_POLICIES,
+    EngineConfig,
+    ModelConfig,
+    RopeConfig,
+    read_json,
+    token_id_list,
+)
 from mini_vllm.models.registry import LOADERS
 
 BASE = {
@@ -382,6 +390,9 @@ def test_engine_config_defaults():
     config = EngineConfig()
     assert (config.model, config.device, config.dtype, config.block_size) == (None, "auto", "auto", 16)
     assert (config.max_num_seqs, config.max_num_batched_tokens) == (256, 2048)
+    assert (config.enable_prefix_caching, config.prefix_cache_policy, config.swap_space) == (True, "lru", 0)
+    assert (config.policy, config.max_num_queued_requests, config.max_queue_time) == ("fcfs", None, None)
+    assert config.overlap
     assert EngineConfig(max_num_seqs=5000).max_num_batched_tokens == 5000
     assert EngineConfig(max_num_seqs=8, max_num_batched_tokens=8).max_num_batched_tokens == 8
     with pytest.raises(FrozenInstanceError):
@@ -410,6 +421,20 @@ def test_engine_config_defaults():
         ({"enforce_eager": "false"}, ["enforce_eager", "'false'"]),
         ({"enable_prefix_caching": 0}, ["enable_prefix_caching"]),
         ({"skip_tokenizer_init": None}, ["skip_tokenizer_init"]),
+        ({"overlap": 1}, ["overlap", "True or False", "1"]),
+        ({"policy": "fifo"}, ["policy must be one of", "fcfs, priority, sjf", "'fifo'"]),
+        ({"policy": None}, ["policy must be one of", "None"]),
+        ({"prefix_cache_policy": "mru"}, ["prefix_cache_policy", "lru, lfu, size", "'mru'"]),
+        ({"swap_space": -1}, ["swap_space", "bytes >= 0", "-1"]),
+        ({"swap_space": 4.0}, ["swap_space", "4.0"]),
+        ({"swap_space": None}, ["swap_space", "None"]),
+        ({"swap_space": True}, ["swap_space", "True"]),
+        ({"swap_space": 1 << 20, "enable_prefix_caching": False}, ["swap_space", "needs enable_prefix_caching=True"]),
+        ({"max_queue_time": 0}, ["max_queue_time", "seconds > 0", "0"]),
+        ({"max_queue_time": -1.5}, ["max_queue_time", "-1.5"]),
+        ({"max_queue_time": math.nan}, ["max_queue_time", "nan"]),
+        ({"max_queue_time": "1"}, ["max_queue_time", "'1'"]),
+        ({"max_queue_time": True}, ["max_queue_time", "True"]),
     ],
 )
 def test_engine_config_refuses(changes, words):
@@ -418,7 +443,22 @@ def test_engine_config_refuses(changes, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("name", ["max_model_len", "num_kv_blocks", "kv_cache_memory", "max_num_batched_tokens"])
+def test_engine_config_knows_the_policies_that_there_are():
+    """Its names are its own, since it may import nothing."""
+    from mini_vllm.scheduling.policy import POLICIES
+    from mini_vllm.scheduling.radix_tree import EVICTION_POLICIES
+
+    assert (set(SCHEDULING_POLICIES), set(PREFIX_CACHE_POLICIES)) == (set(POLICIES), set(EVICTION_POLICIES))
+
+
+def test_engine_config_takes_any_time_to_queue_that_is_one():
+    for seconds in (1, 0.25, math.inf):
+        assert EngineConfig(max_queue_time=seconds).max_queue_time == seconds
+
+
+@pytest.mark.parametrize(
+    "name", ["max_model_len", "num_kv_blocks", "kv_cache_memory", "max_num_batched_tokens", "max_num_queued_requests"]
+)
 def test_engine_config_optional_sizes(name):
     assert EngineConfig(**{name: None})
     for wrong in (0, -1, 2048.0, "2048", True):

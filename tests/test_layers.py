@@ -23,7 +23,7 @@ LIBRARIES = {"numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click
 CUDA_LIBRARIES = {"cupy", "cupyx", "cupy_backends", "cuda"}
 TRAINING_LIBRARIES = {"torch", "transformers"}
 
-FLOOR_0 = {"mini_vllm.config", "mini_vllm.sampling_params"}
+FLOOR_0 = {"mini_vllm.config", "mini_vllm.sampling_params", "mini_vllm.tracing"}
 TEXT = {"mini_vllm.tokenizer", "mini_vllm.detokenizer", "mini_vllm.chat_template"}
 BASE = {"mini_vllm"}  # its version and where its data lies; it imports nothing itself
 
@@ -46,6 +46,7 @@ FLOORS = {
     # 0: standard library
     "mini_vllm.config": floor(libraries=set()),
     "mini_vllm.sampling_params": floor(libraries=set()),
+    "mini_vllm.tracing": floor(libraries=set()),
     "mini_vllm.demo": floor(libraries=set()),  # a data location
     "mini_vllm.demo.train": floor("mini_vllm.demo", libraries=LIBRARIES | TRAINING_LIBRARIES),
     # 1: scheduling, ops and text never import each other
@@ -64,7 +65,10 @@ FLOORS = {
     # 4
     "mini_vllm.llm": floor(FLOOR_0, "mini_vllm.engine", "mini_vllm.tokenizer"),
     "mini_vllm.doctor": floor(BASE, "mini_vllm.ops"),
-    "mini_vllm.bench": floor(FLOOR_0, "mini_vllm.llm", "mini_vllm.engine", "mini_vllm.ops"),
+    "mini_vllm.bench": floor(
+        FLOOR_0, BASE, "mini_vllm.llm", "mini_vllm.engine", "mini_vllm.scheduling", "mini_vllm.ops"
+    ),
+    "mini_vllm.bench.plot": floor(FLOOR_0, libraries={"matplotlib"}),
     # 5
     "mini_vllm.cli": floor(FLOOR_0, BASE, "mini_vllm.llm", "mini_vllm.doctor", "mini_vllm.bench"),
     # beside the floors

@@ -83,6 +83,13 @@ __device__ inline uint32_t pack<bf16>(float low, float high) {
     return bits;
 }
 
+// The two values of `pack`.
+template <typename T>
+__device__ inline float2 unpack(uint32_t bits) {
+    const Vec<T, 2> v = Vec<T, 2>::from_bits(bits);
+    return make_float2(to_float(v[0]), to_float(v[1]));
+}
+
 // ---- the product --------------------------------------------------------------------------------------------
 
 // c += a b: m16n8k16, 16-bit inputs of type T, float accumulators.

@@ -52,6 +52,23 @@ struct alignas(8) SoftmaxState {
     __device__ float inverse_sum() const { return sum > 0.0f ? 1.0f / sum : 0.0f; }
 };
 
+// Four columns of a result under way: sum_j 2^(s_j - m) v_j.
+struct PartialResult {
+    SoftmaxState softmax;
+    float4 o = {};
+
+    __device__ void raise(float score) {
+        const float factor = softmax.raise(score);
+        o = make_float4(o.x * factor, o.y * factor, o.z * factor, o.w * factor);
+    }
+
+    // Adds a result over other keys, whose maximum must not exceed this one's.
+    __device__ void add(const SoftmaxState& other, const float4& other_o) {
+        const float weight = softmax.add(other);
+        o.x += weight * other_o.x, o.y += weight * other_o.y, o.z += weight * other_o.z, o.w += weight * other_o.w;
+    }
+};
+
 // ---- a tile of scores as C fragments (mma.cuh): rows group and group + 8, keys 8 n + pair and 8 n + pair + 1 -------
 
 // Hides the keys after the query and those before its window. newest: the newest key that each of the two rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from mini_vllm.config import EngineConfig
+from mini_vllm.engine.batch_state import BatchState
 from mini_vllm.engine.model_input import build_model_input
 from mini_vllm.engine.sampler import build_sampling_batch
 from mini_vllm.models.decoder import CausalLM
@@ -62,9 +63,11 @@ def _peak_of_step(model: CausalLM, config: EngineConfig, num_tokens: int) -> int
     with allocator.use():
         kv = KVCache(model.config, num_blocks, config.block_size, ops)
         before = allocator.get_allocated()
-        host = build_model_input(plan, config.block_size)
+        state = BatchState(num_seqs, -(-length // config.block_size), config.block_size)
+        state.apply(plan)
+        host = build_model_input(plan, state)
         inp, attn = map_arrays(host, ops.to_device), map_arrays(host.attn, ops.to_device)
         hidden = model.forward(inp.input_ids, inp.positions, attn, kv, inp.logits_indices)
-        batch = build_sampling_batch([s.seq for s in plan.scheduled])
+        batch = build_sampling_batch(plan.scheduled, state)
         ops.to_host(ops.sample(model.logits(hidden), map_arrays(batch, ops.to_device)))
         return allocator.get_peak() - before

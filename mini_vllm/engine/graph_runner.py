@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mini_vllm.engine.batch_state import SAMPLING_COLUMNS
 from mini_vllm.engine.model_input import ModelInput
 from mini_vllm.models.decoder import CausalLM
 from mini_vllm.models.kv_cache import KVCache
@@ -25,42 +26,42 @@ _COLUMNS = {
     "slot_mapping": (np.int32, -1),
     "seq_lens": (np.int32, 0),
     # What the sampler reads; padding rows are greedy.
-    "temperature": (np.float32, 0),
-    "top_k": (np.int32, 0),
-    "top_p": (np.float32, 1),
-    "min_p": (np.float32, 0),
-    "seeds": (np.uint64, 0),
+    **{name: (dtype, 1 if name == "top_p" else 0) for name, dtype in SAMPLING_COLUMNS.items()},
     "draw_positions": (np.int32, 0),
 }
 
 
 def padded_batch_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, then multiples of 8 up to max_num_seqs, which is always the last."""
-    sizes = [1, 2, 4, *range(8, max_num_seqs, 8), max_num_seqs]
-    return sorted({size for size in sizes if size <= max_num_seqs})
+    """1, 2, 4, 8, then in steps of about a quarter, which keeps their number small; max_num_seqs is always the last."""
+    sizes, size = [1, 2, 4], 8
+    while size < max_num_seqs:
+        sizes.append(size)
+        size += max(8, 1 << (size.bit_length() - 3))
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 class DecodeGraphRunner:
-    """Replays decode steps of up to `max_num_seqs` sequences.
+    """Replays decode steps of up to `max_num_seqs` sequences, without waiting for them.
 
     The model and the sampler are separate graphs, because a batch with penalties, biases or log
     probabilities wants the logits and samples eagerly.
     """
 
-    def __init__(self, model: CausalLM, kv: KVCache, ops: CudaOps, *, max_num_seqs: int, max_model_len: int) -> None:
-        self._model, self._kv, self._ops = model, kv, ops
+    def __init__(
+        self, model: CausalLM, kv: KVCache, ops: CudaOps, drawn: Array, *, max_num_seqs: int, max_model_len: int
+    ) -> None:
+        self._model, self._kv, self._ops, self._drawn = model, kv, ops, drawn
         self._max_model_len = max_model_len
         self._sizes = padded_batch_sizes(max_num_seqs)
         self._columns = StaticColumns(max_num_seqs)
         max_blocks = -(-max_model_len // kv.block_size)
-        self._block_tables = GPUBuffer((max_num_seqs, max_blocks), np.int32)
+        self._block_tables = GPUBuffer((max_num_seqs, max_blocks), np.int32, num_hosts=2)
         self._block_tables.fill(0)
         self._indices = ops.to_device(np.arange(max_num_seqs + 1, dtype=np.int32))
-        self._token_ids = GPUBuffer(max_num_seqs, np.int32)
         self._allocator = GPUAllocator()
         self._graphs: dict[int, tuple[CapturedGraph, CapturedGraph]] = {}
-        self._columns.fill(0, {})
-        self._columns.upload()
+        self._columns.upload(0, {})
+        ops.tune(self._sizes, model.projections, model.lm_head)
         for size in reversed(self._sizes):  # the largest first: the smaller ones then reuse its memory
             forward = CapturedGraph(lambda size=size: self._forward(size), self._allocator)
             sample = CapturedGraph(lambda size=size, logits=forward.result: self._sample(size, logits), self._allocator)
@@ -86,26 +87,25 @@ class DecodeGraphRunner:
             max_seqlen_k=self._max_model_len,
         )
         hidden = self._model.forward(
-            column["input_ids"][:size], column["positions"][:size], meta, self._kv, self._indices[:size]
+            column["input_ids"][:size], column["positions"][:size], meta, self._kv, self._indices[:size], self._drawn
         )
         return self._model.logits(hidden)
 
     def _sample(self, size: int, logits: Array) -> None:
-        """Draw from the logits, with the token ids on their way to the host as the graph's last node."""
+        """Draw from the logits into the buffer that the next step may read its input from."""
         column = self._columns.device
-        names = ("temperature", "top_k", "top_p", "min_p", "seeds")
-        batch = SamplingBatch(
-            **{name: column[name][:size] for name in names}, positions=column["draw_positions"][:size]
-        )
-        self._token_ids.data[:size] = self._ops.sample(logits, batch)
-        self._token_ids.copy_to_host(size)
+        columns = {name: column[name][:size] for name in SAMPLING_COLUMNS}
+        batch = SamplingBatch(**columns, positions=column["draw_positions"][:size])
+        self._drawn[:size] = self._ops.sample(logits, batch)
 
     def forward(self, host: ModelInput, batch: SamplingBatch) -> Array:
-        """Run the model on a decode step given as host arrays. Returns its logits [B, V], valid until the next step."""
+        """Run the model on a decode step given as host arrays. Returns its logits [B, V], valid until the next step.
+
+        The step before may still run, the one before that must have been waited for.
+        """
         num_seqs = len(host.input_ids)
         self._size = next(size for size in self._sizes if size >= num_seqs)
-        names = ("temperature", "top_k", "top_p", "min_p", "seeds")
-        values = {name: getattr(batch, name) for name in names}
+        values = {name: getattr(batch, name) for name in SAMPLING_COLUMNS}
         values |= {
             "input_ids": host.input_ids,
             "positions": host.positions,
@@ -113,41 +113,43 @@ class DecodeGraphRunner:
             "seq_lens": host.attn.seq_lens,
             "draw_positions": batch.positions,
         }
-        self._columns.fill(num_seqs, values)
-        self._columns.upload()
+        self._columns.upload(num_seqs, values)
+        self._block_tables.flip()
         self._block_tables.upload_rows(host.attn.block_tables)
         graph = self._graphs[self._size][0]
         graph.replay()
         return graph.result[:num_seqs]
 
-    def sample(self, num_seqs: int) -> list[int]:
-        """Draw from the logits of the last `forward`; waits for the tokens."""
+    def sample(self) -> None:
+        """Draw from the logits of the last `forward`."""
         self._graphs[self._size][1].replay()
-        self._ops.synchronize()
-        return self._token_ids.host[:num_seqs].tolist()
 
 
 class StaticColumns:
-    """All per-sequence values of a step in one buffer, so that one small copy brings them to the GPU."""
+    """All per-sequence values of a step in one buffer, so that one small copy brings them to the GPU.
+
+    device: {column name: [rows] on the GPU}.
+    """
 
     def __init__(self, rows: int) -> None:
         row_bytes = sum(np.dtype(dtype).itemsize for dtype, _ in _COLUMNS.values())
-        self._buffer = GPUBuffer(rows * row_bytes + 8 * len(_COLUMNS), np.uint8)
-        self.host: dict[str, np.ndarray] = {}
-        self.device: dict[str, Array] = {}
-        offset = 0
+        self._buffer = GPUBuffer(rows * row_bytes + 8 * len(_COLUMNS), np.uint8, num_hosts=2)
+        *self._hosts, self.device = (self._views(array, rows) for array in (*self._buffer.hosts, self._buffer.data))
+
+    @staticmethod
+    def _views(buffer: Array, rows: int) -> dict[str, Array]:
+        views, offset = {}, 0
         for name, (dtype, _) in _COLUMNS.items():
             num_bytes = rows * np.dtype(dtype).itemsize
-            self.host[name] = self._buffer.host[offset : offset + num_bytes].view(dtype)
-            self.device[name] = self._buffer.data[offset : offset + num_bytes].view(dtype)
+            views[name] = buffer[offset : offset + num_bytes].view(dtype)
             offset += -(-num_bytes // 8) * 8
+        return views
 
-    def fill(self, count: int, values: dict[str, np.ndarray]) -> None:
-        """Write the first `count` rows; the rest become padding."""
+    def upload(self, count: int, values: dict[str, np.ndarray]) -> None:
+        """Enqueue the first `count` rows; the rest become padding."""
+        host = self._hosts[self._buffer.flip()]
         for name, (_, padding) in _COLUMNS.items():
             if count:
-                self.host[name][:count] = values[name]
-            self.host[name][count:] = padding
-
-    def upload(self) -> None:
+                host[name][:count] = values[name]
+            host[name][count:] = padding
         self._buffer.copy_from_host()

@@ -6,8 +6,9 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,33 @@ from tqdm import tqdm
 from mini_vllm.config import EngineConfig, ModelConfig, read_json, token_id_list
 from mini_vllm.demo import DEMO_DIR
 from mini_vllm.detokenizer import IncrementalDetokenizer
-from mini_vllm.engine.model_runner import ModelRunner
-from mini_vllm.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from mini_vllm.engine.beam_search import BeamSearch
+from mini_vllm.engine.model_runner import ModelRunner, StepResult
+from mini_vllm.engine.outputs import (
+    BeamSearchOutput,
+    CompletionOutput,
+    EngineStats,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+)
 from mini_vllm.engine.prompts import Prompt, parse_prompt, parse_prompts
 from mini_vllm.models.hub import resolve_model
 from mini_vllm.ops.base import TokenLogprobs
-from mini_vllm.sampling_params import SamplingParams
+from mini_vllm.sampling_params import BeamSearchParams, SamplingParams
 from mini_vllm.scheduling.block_manager import BlockManager
-from mini_vllm.scheduling.scheduler import Scheduler
+from mini_vllm.scheduling.policy import POLICIES
+from mini_vllm.scheduling.radix_tree import EVICTION_POLICIES, RadixTree
+from mini_vllm.scheduling.scheduler import Scheduler, SchedulerOutput
 from mini_vllm.scheduling.sequence import FinishReason
 from mini_vllm.scheduling.sequence import Sequence as TokenSequence
 from mini_vllm.tokenizer import Tokenizer
+from mini_vllm.tracing import NULL_TRACER, NullTracer
 
 logger = logging.getLogger(__name__)
+
+MEASURED_TOKENS = 256
+"""A step of at least so many tokens tells what computing one takes."""
 
 # generation_config.json's names for the parameters that become defaults, as in vLLM.
 _GENERATION_DEFAULTS = {
@@ -87,6 +102,12 @@ class _Request:
         return all(sample.seq.is_finished for sample in self.samples)
 
     @property
+    def needs_history(self) -> bool:
+        """Whether the rules for a token depend on the token before it."""
+        seq = self.samples[0].seq
+        return seq.sampling_params.has_penalties or bool(seq.bad_words_token_ids)
+
+    @property
     def num_output_tokens(self) -> int:
         return sum(sample.seq.num_output_tokens for sample in self.samples)
 
@@ -99,7 +120,17 @@ class _Request:
             finished=self.is_finished,
             metrics=replace(self.metrics),
             prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
+            num_cached_tokens=self.samples[0].seq.num_cached_tokens,
         )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step on its way through the device."""
+
+    plan: SchedulerOutput
+    wait: Callable[[], StepResult]
+    launched: float  # time.monotonic
 
 
 class LLMEngine:
@@ -115,6 +146,9 @@ class LLMEngine:
 
     A refused request raises `ValueError` and leaves the engine as it was. If a step fails, all running
     requests end with finish_reason "abort" before the exception goes on, and the engine can be used again.
+
+    On a GPU a step runs while the next one is planned (`EngineConfig.overlap`): `step` then launches a step, and
+    returns what the one before it has brought.
     """
 
     def __init__(self, model: str | Path | None = None, **kwargs: Any) -> None:
@@ -147,16 +181,43 @@ class LLMEngine:
 
         self.runner = ModelRunner(config, self.model_config, model_dir)
         self.max_model_len = self.runner.max_model_len
-        self.scheduler = Scheduler(
-            BlockManager(self.runner.kv.num_blocks, config.block_size),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-        )
+        self.scheduler = self._make_scheduler()
+        self._in_flight: _Step | None = None
+        self._refused: list[_Request] = []  # ended without having run; the next step returns them
+        self._queue: deque[_Request] = deque()  # not started, in order of arrival; only kept under max_queue_time
+        self._num_histories = 0  # unfinished requests of which the rules depend on the newest token
+        self._tracer: NullTracer = NULL_TRACER
         self._requests: dict[str, _Request] = {}
         self._request_of: dict[int, tuple[_Request, _Sample]] = {}  # by seq_id
         self._seq_ids = itertools.count()
         self._generate_ids = itertools.count()
         self._seeds = random.Random(config.seed)
+
+    def _make_scheduler(self) -> Scheduler:
+        config, kv, host_kv = self.config, self.runner.kv, self.runner.host_kv
+        blocks, cache = BlockManager(kv.num_blocks, config.block_size), None
+        if config.enable_prefix_caching:
+            host = None if host_kv is None else BlockManager(host_kv.num_blocks, config.block_size)
+            cache = RadixTree(blocks, host, EVICTION_POLICIES[config.prefix_cache_policy]())
+        scheduler = Scheduler(
+            blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            cache=cache,
+            policy=POLICIES[config.policy],
+        )
+        if host_kv is not None:
+            scheduler.seconds_to_load_block = self.runner.seconds_to_load_block()
+        return scheduler
+
+    @property
+    def tracer(self) -> NullTracer:
+        """Records where the time of steps goes; assign a `Tracer` to switch it on."""
+        return self._tracer
+
+    @tracer.setter
+    def tracer(self, tracer: NullTracer) -> None:
+        self._tracer = self.runner.tracer = tracer
 
     def _find_eos_token_ids(self) -> frozenset[int]:
         ids = set(self.model_config.eos_token_ids)
@@ -187,12 +248,25 @@ class LLMEngine:
 
     # ---- requests -----------------------------------------------------------------------------------------
 
-    def add_request(self, request_id: str, prompt: Any, params: SamplingParams | None = None) -> None:
+    def add_request(
+        self, request_id: str, prompt: Any, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> None:
         """Queue a request. `prompt`: str, list of token ids, {"prompt": ...} or {"prompt_token_ids": ...}.
+
+        A mapping may also hold "cache_salt", a string: cached prefixes are shared only under the same one.
+        priority: lower goes first, under policy="priority". With a full queue (`max_num_queued_requests`) the request
+        ends at once with finish_reason "abort", which the next `step` reports.
 
         Raises `ValueError` for an id in use, a prompt that cannot be run, or parameters out of range.
         """
-        self._submit(self._make_request(request_id, parse_prompt(prompt), params))
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise ValueError(f"priority must be an integer, got {priority!r}")
+        request = self._make_request(request_id, parse_prompt(prompt), params, priority)
+        limit = self.config.max_num_queued_requests
+        is_full = limit is not None and self._num_queued_requests() >= limit
+        self._submit(request)
+        if is_full:
+            self._refuse(request, f"{limit} requests are waiting already (max_num_queued_requests)")
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """End a request in any state; its blocks are free at once. Returns its last output, None if unknown."""
@@ -206,12 +280,35 @@ class LLMEngine:
         return request.output()
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._requests)
+        return bool(self._requests or self._refused)
 
     def num_unfinished_requests(self) -> int:
         return len(self._requests)
 
-    def _make_request(self, request_id: str, prompt: Prompt, params: SamplingParams | None) -> _Request:
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes; running requests go on."""
+        self.scheduler.reset_prefix_cache()
+
+    def stats(self) -> EngineStats:
+        """What the engine holds now, and its counters."""
+        scheduler, blocks = self.scheduler, self.scheduler.block_manager
+        cache = None if scheduler.cache is None else scheduler.cache.stats()
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=scheduler.num_waiting,
+            num_kv_blocks=blocks.num_blocks,
+            num_free_kv_blocks=blocks.num_free_blocks,
+            num_cached_kv_blocks=cache.num_cached_blocks if cache else 0,
+            num_host_kv_blocks=cache.num_host_blocks if cache else 0,
+            prefix_cache_queries=cache.queried_tokens if cache else 0,
+            prefix_cache_hits=cache.hit_tokens if cache else 0,
+            num_preemptions=scheduler.num_preemptions,
+            peak_kv_blocks=blocks.peak_used_blocks,
+        )
+
+    def _make_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None, priority: int = 0
+    ) -> _Request:
         if not isinstance(request_id, str):
             raise ValueError(f"request_id must be a string, got {request_id!r}")
         if request_id in self._requests:
@@ -220,15 +317,7 @@ class LLMEngine:
             params = self._default_sampling_params
         elif not isinstance(params, SamplingParams):
             raise ValueError(f"sampling parameters must be a SamplingParams, got {type(params).__name__}")
-        token_ids = self._encode(prompt)
-        self._check_token_ids("prompt", token_ids)
-        if not token_ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        if len(token_ids) >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(token_ids)} tokens, but max_model_len={self.max_model_len} leaves room for at "
-                f"most {self.max_model_len - 1} and one output token; shorten it or raise max_model_len"
-            )
+        token_ids = self._encode_checked(prompt)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             self._check_token_ids(name, list(getattr(params, name) or ()))
         if self.tokenizer is None and (params.stop or params.bad_words):
@@ -246,9 +335,25 @@ class LLMEngine:
                 eos_token_ids=self.eos_token_ids,
                 bad_words_token_ids=bad_words,
                 seed=(seed + i) % 2**64,
+                priority=priority,
+                cache_salt=prompt.cache_salt,
+                fork_of=samples[0].seq if i else None,
             )
             samples.append(_Sample(seq, self._make_detokenizer(token_ids, params)))
         return _Request(request_id, prompt.text, token_ids, samples)
+
+    def _encode_checked(self, prompt: Prompt) -> list[int]:
+        """A prompt's token ids, or a ValueError that says why it cannot be run."""
+        token_ids = self._encode(prompt)
+        self._check_token_ids("prompt", token_ids)
+        if not token_ids:
+            raise ValueError("the prompt is empty; give at least one token")
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens, but max_model_len={self.max_model_len} leaves room for at "
+                f"most {self.max_model_len - 1} and one output token; shorten it or raise max_model_len"
+            )
+        return token_ids
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if prompt.token_ids is not None:
@@ -285,6 +390,30 @@ class LLMEngine:
         for sample in request.samples:
             self._request_of[sample.seq.seq_id] = (request, sample)
             self.scheduler.add(sample.seq)
+        if self.config.max_queue_time is not None:
+            self._queue.append(request)
+        self._num_histories += request.needs_history
+
+    def _num_queued_requests(self) -> int:
+        return sum(request.metrics.first_scheduled_time is None for request in self._requests.values())
+
+    def _refuse(self, request: _Request, reason: str) -> None:
+        """End a request that has not started."""
+        for sample in request.samples:
+            self._finish(sample, FinishReason.ABORT, reason)
+        self._retire(request)
+        self._refused.append(request)
+
+    def _end_overdue_requests(self) -> None:
+        """Abort requests that have waited longer than max_queue_time for their first step."""
+        limit = self.config.max_queue_time
+        while self._queue:
+            request = self._queue[0]
+            if request.metrics.first_scheduled_time is None and not request.is_finished:
+                if time.monotonic() - request.metrics.arrival_time <= limit:
+                    return
+                self._refuse(request, f"it waited more than {limit:g} s for its first step (max_queue_time)")
+            self._queue.popleft()
 
     # ---- steps --------------------------------------------------------------------------------------------
 
@@ -293,40 +422,62 @@ class LLMEngine:
         return [request.output() for request in self._step()]
 
     def _step(self) -> list[_Request]:
-        plan = self.scheduler.schedule()
-        if not plan.scheduled:
-            return []
-        now = time.monotonic()
-        for s in plan.scheduled:
-            metrics = self._request_of[s.seq.seq_id][0].metrics
-            if metrics.first_scheduled_time is None:
-                metrics.first_scheduled_time = now
+        if self._queue:
+            self._end_overdue_requests()
+        refused, self._refused = self._refused, []
         try:
-            result = self.runner.execute(plan)
+            step, self._in_flight = self._in_flight or self._launch(), None
+            if step is None:
+                return refused
+            if self.runner.runs_ahead and self.config.overlap and not self._num_histories:
+                self._in_flight = self._launch()
+            return refused + self._book(step, step.wait())
         except BaseException:
+            self._in_flight = None
             for request_id in list(self._requests):
                 self.abort_request(request_id)
+            self.scheduler.reset_prefix_cache()  # what was planned may never have been computed
             raise
 
-        for seq, position, scores in result.prompt_logprobs:
-            self._add_prompt_logprobs(self._request_of[seq.seq_id][0], position, scores)
-        rows = {s.seq.seq_id: row for row, s in enumerate(s for s in plan.scheduled if s.samples)}
-        advanced: dict[str, _Request] = {}
-        for seq in self.scheduler.update(plan, result.token_ids):
-            request, sample = self._request_of[seq.seq_id]
-            if sample.logprobs is not None:
-                row, token_id = rows[seq.seq_id], seq.token_ids[-1]
-                sample.logprobs.append(
-                    self._logprob_entry(result.logprobs, row, token_id, seq.sampling_params.logprobs)
-                )
-            self._add_text(sample)
-            advanced[request.request_id] = request
+    def _launch(self) -> _Step | None:
+        """Plan the next step and start it; None if there is nothing to do."""
+        with self._tracer.span("schedule"):
+            plan = self.scheduler.schedule()
+        if not plan.scheduled:
+            return None
         now = time.monotonic()
-        for request in advanced.values():
-            if request.metrics.first_token_time is None:
-                request.metrics.first_token_time = now
-            if request.is_finished:
-                self._retire(request)
+        for seq in plan.admitted:
+            metrics = self._request_of[seq.seq_id][0].metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = now
+        return _Step(plan, self.runner.launch(plan), now)
+
+    def _book(self, step: _Step, result: StepResult) -> list[_Request]:
+        """Take over what a step has brought; returns the requests that got a token."""
+        now = time.monotonic()
+        plan = step.plan
+        if plan.num_tokens >= MEASURED_TOKENS:
+            self.scheduler.seconds_to_compute_token = (now - step.launched) / plan.num_tokens
+        with self._tracer.span("detokenize"):
+            for seq, position, scores in result.prompt_logprobs:
+                if seq.seq_id in self._request_of:
+                    self._add_prompt_logprobs(self._request_of[seq.seq_id][0], position, scores)
+            rows = None
+            if result.logprobs is not None:
+                rows = {s.seq.seq_id: row for row, s in enumerate(s for s in plan.scheduled if s.samples)}
+            advanced: dict[str, _Request] = {}
+            for seq in self.scheduler.update(plan, result.token_ids):
+                request, sample = self._request_of[seq.seq_id]
+                if sample.logprobs is not None:
+                    row, num_top = rows[seq.seq_id], seq.sampling_params.logprobs
+                    sample.logprobs.append(self._logprob_entry(result.logprobs, row, seq.last_token_id, num_top))
+                self._add_text(sample)
+                advanced[request.request_id] = request
+            for request in advanced.values():
+                if request.metrics.first_token_time is None:
+                    request.metrics.first_token_time = now
+                if request.is_finished:
+                    self._retire(request)
         return list(advanced.values())
 
     def _add_text(self, sample: _Sample) -> None:
@@ -336,7 +487,7 @@ class LLMEngine:
             return
         ended_by_token = seq.finish_reason is FinishReason.STOP
         if not ended_by_token or seq.sampling_params.include_stop_str_in_output:
-            detokenizer.append(seq.token_ids[-1])
+            detokenizer.append(seq.last_token_id)
         if detokenizer.stop_reason is not None and not ended_by_token:
             self.scheduler.finish(seq, FinishReason.STOP)
             seq.finish_reason = FinishReason.STOP  # it may have reached its length with the same token
@@ -344,8 +495,9 @@ class LLMEngine:
         if seq.is_finished:
             detokenizer.finish()
 
-    def _finish(self, sample: _Sample, reason: FinishReason) -> None:
+    def _finish(self, sample: _Sample, reason: FinishReason, why: str | None = None) -> None:
         self.scheduler.finish(sample.seq, reason)
+        sample.seq.stop_reason = why
         if sample.detokenizer is not None:
             sample.detokenizer.finish()
 
@@ -355,6 +507,7 @@ class LLMEngine:
         del self._requests[request.request_id]
         for sample in request.samples:
             del self._request_of[sample.seq.seq_id]
+        self._num_histories -= request.needs_history
 
     def _add_prompt_logprobs(self, request: _Request, position: int, scores: TokenLogprobs) -> None:
         num_top = request.samples[0].seq.sampling_params.prompt_logprobs
@@ -417,6 +570,43 @@ class LLMEngine:
                 for request_id in list(self._requests):
                     self.abort_request(request_id)
         return [request.output() for request in requests]
+
+    def beam_search(self, prompts: Any, params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The params.beam_width most likely continuations of each prompt (or of the one prompt), best first.
+
+        Raises `ValueError` for a prompt that cannot be run or does not leave room for max_tokens, and for more beams
+        than the engine has seats.
+        """
+        if self._requests:
+            raise RuntimeError("beam_search() needs the engine for itself; finish the added requests first")
+        if params.beam_width > self.config.max_num_seqs:
+            raise ValueError(f"beam_width={params.beam_width} exceeds max_num_seqs={self.config.max_num_seqs}")
+        parsed, _ = parse_prompts(prompts)
+        token_ids = [self._encode_checked(prompt) for prompt in parsed]
+        for ids in token_ids:
+            if len(ids) + params.max_tokens > self.max_model_len:
+                raise ValueError(
+                    f"a prompt of {len(ids)} tokens and max_tokens={params.max_tokens} exceed "
+                    f"max_model_len={self.max_model_len}; shorten one of them"
+                )
+
+        def run(plan: SchedulerOutput) -> StepResult:
+            return self.runner.launch(plan)()
+
+        if (step := self._in_flight) is not None:  # of requests that have ended meanwhile
+            self._in_flight = None
+            self._book(step, step.wait())
+        search = BeamSearch(self.scheduler, run, self._seq_ids.__next__, params, self.eos_token_ids)
+        try:
+            outputs = search.search(token_ids)
+        except BaseException:
+            self.scheduler.reset_prefix_cache()
+            raise
+        if self.tokenizer is not None:
+            for ids, output in zip(token_ids, outputs, strict=True):
+                for sequence in output.sequences:
+                    sequence.text = self.tokenizer.decode(sequence.tokens[len(ids) :])
+        return outputs
 
     def _make_requests(
         self, prompts: list[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None

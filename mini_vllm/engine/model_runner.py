@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from mini_vllm.config import EngineConfig, ModelConfig
+from mini_vllm.engine.batch_state import BatchState
 from mini_vllm.engine.model_input import ModelInput, build_model_input, num_scored_tokens
 from mini_vllm.engine.sampler import build_sampling_batch
 from mini_vllm.models.kv_cache import KVCache
@@ -19,6 +25,7 @@ from mini_vllm.models.weights import Checkpoint, DummyWeights
 from mini_vllm.ops.base import Array, AttentionMetadata, Ops, SamplingBatch, TokenLogprobs, map_arrays
 from mini_vllm.scheduling.scheduler import SchedulerOutput
 from mini_vllm.scheduling.sequence import Sequence
+from mini_vllm.tracing import NULL_TRACER, NullTracer, Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +45,8 @@ class StepResult:
     """
 
     token_ids: list[int]
-    logprobs: TokenLogprobs | None
-    prompt_logprobs: list[tuple[Sequence, int, TokenLogprobs]]
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[tuple[Sequence, int, TokenLogprobs]] = field(default_factory=list)
 
 
 class ModelRunner:
@@ -47,17 +54,28 @@ class ModelRunner:
 
     max_model_len: the longest sequence that the model, the user and the KV cache allow. A sequence of that
     length fits into the cache alone, which is what the scheduler's guarantees rest on.
+    host_kv: blocks in host memory, or None; where the scheduler's transfers go to and come from.
+    runs_ahead: `launch` returns before the step has run, so that the host can do something else.
+    startup_seconds: what each part of the start took: device, weights, kernels, kv_cache, graphs.
     """
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, model_dir: Path) -> None:
+        watch = Stopwatch()
+        self.startup_seconds = watch.seconds
         self.ops = ops = make_ops(config, model_config)
+        watch.lap("device")
         wanted = wanted_model_len(config, model_config)
         source = DummyWeights(config.seed) if config.load_format == "dummy" else Checkpoint(model_dir)
         self.model = LOADERS[model_config.architecture](model_config, source, ops, wanted)
+        self.tracer: NullTracer = NULL_TRACER
+        self.runs_ahead = ops.device == "cuda"
         self._graphs = None
         if ops.device == "cuda":
             ops.finish_loading()
+        watch.lap("weights")
+        if ops.device == "cuda":
             ops.prepare(model_config.head_dim)
+            watch.lap("kernels")
         memory = config.kv_cache_memory or CPU_KV_CACHE_MEMORY
         if ops.device == "cuda" and config.kv_cache_memory is None and config.num_kv_blocks is None:
             from mini_vllm.engine.gpu_memory import measure_kv_cache_memory
@@ -65,39 +83,110 @@ class ModelRunner:
             memory = measure_kv_cache_memory(self.model, config)
         num_blocks, self.max_model_len = plan_kv_cache(config, model_config, ops.dtype, wanted, memory)
         self.kv = KVCache(model_config, num_blocks, config.block_size, ops)
+        self.host_kv = None
+        if config.swap_space:
+            block_bytes = KVCache.bytes_per_block(model_config, config.block_size, ops.dtype)
+            if config.swap_space < block_bytes:
+                raise ValueError(
+                    f"swap_space={config.swap_space} bytes hold no KV block: one of {config.block_size} tokens takes "
+                    f"{block_bytes} bytes"
+                )
+            num_host_blocks = config.swap_space // block_bytes
+            self.host_kv = KVCache(model_config, num_host_blocks, config.block_size, ops, on_host=True)
+        max_blocks = -(-self.max_model_len // config.block_size)
+        self._state = BatchState(config.max_num_seqs, max_blocks, config.block_size)
+        # The tokens that the newest step drew, for the next one to read where it runs before the host knows them.
+        self._drawn = ops.zeros((config.max_num_seqs,), np.int32)
+        watch.lap("kv_cache")
+        self._download = ops.make_download(config.max_num_seqs, np.int32)
         if ops.device == "cuda" and not config.enforce_eager:
             from mini_vllm.engine.graph_runner import DecodeGraphRunner
 
             self._graphs = DecodeGraphRunner(
-                self.model, self.kv, ops, max_num_seqs=config.max_num_seqs, max_model_len=self.max_model_len
+                self.model,
+                self.kv,
+                ops,
+                self._drawn,
+                max_num_seqs=config.max_num_seqs,
+                max_model_len=self.max_model_len,
             )
+            watch.lap("graphs")
 
-    def execute(self, output: SchedulerOutput) -> StepResult:
-        """Run one step: write the K/V of its tokens and draw a token for each sequence that samples."""
-        ops = self.ops
-        host = build_model_input(output, self.kv.block_size)
-        sampling = [s.seq for s in output.scheduled if s.samples]
-        batch = build_sampling_batch(sampling) if sampling else None
-        asked = [n for seq in sampling if (n := seq.sampling_params.logprobs) is not None]
+    def launch(self, output: SchedulerOutput) -> Callable[[], StepResult]:
+        """Start a planned step: write the K/V of its tokens and draw a token for each sequence that samples.
 
-        if self._graphs is not None and len(sampling) == output.num_tokens:  # all of them decode
-            logits, hidden = self._graphs.forward(host, batch), None
-            if not asked and batch.is_simple:
-                return StepResult(self._graphs.sample(len(sampling)), None, [])
-        else:
-            inp, attn = self._to_device(host), self._to_device(host.attn)
-            hidden = self.model.forward(inp.input_ids, inp.positions, attn, self.kv, inp.logits_indices)
-            logits = self.model.logits(hidden[: len(sampling)]) if sampling else None
+        Returns what waits for the result. Steps are launched in the order in which they were planned; a step may be
+        launched before the one before it was waited for, unless its sampling rules depend on that one's tokens.
+        """
+        ops, span = self.ops, self.tracer.span
+        with span("prepare"):
+            self._state.apply(output)
+            host = build_model_input(output, self._state)
+            sampling = [s for s in output.scheduled if s.samples]
+            batch = build_sampling_batch(sampling, self._state) if sampling else None
+        with span("launch"):
+            self._move_blocks(output)
+            asked = [n for s in sampling if (n := s.seq.sampling_params.logprobs) is not None]
+            if self._graphs is not None and host.attn.max_seqlen_q == 1 and len(sampling) == output.num_tokens:
+                logits, hidden = self._graphs.forward(host, batch), None
+                if not asked and batch.is_simple:
+                    self._graphs.sample()
+                    return self._wait_for_tokens(len(sampling))
+            else:
+                inp, attn = self._to_device(host), self._to_device(host.attn)
+                drawn = self._drawn if self.runs_ahead else None
+                hidden = self.model.forward(inp.input_ids, inp.positions, attn, self.kv, inp.logits_indices, drawn)
+                logits = self.model.logits(hidden[: len(sampling)]) if sampling else None
+            scores = None
+            if sampling:
+                raw = logits.copy() if asked else None  # sampling may overwrite them
+                sampled = ops.sample(logits, self._to_device(batch))
+                self._drawn[: len(sampling)] = sampled
+                if asked:
+                    scores = ops.logprobs(raw, sampled, max(asked))
+            scored_prompts = self._score_prompts(output, hidden, len(sampling))
+            return self._wait_for_tokens(len(sampling), scores, scored_prompts)
 
-        token_ids: list[int] = []
-        logprobs = None
-        if sampling:
-            raw = logits.copy() if asked else None  # sampling may overwrite them
-            sampled = ops.sample(logits, self._to_device(batch))
-            if asked:
-                logprobs = map_to_host(ops, ops.logprobs(raw, sampled, max(asked)))
-            token_ids = ops.to_host(sampled).tolist()
-        return StepResult(token_ids, logprobs, self._score_prompts(output, hidden, len(sampling)))
+    def _wait_for_tokens(
+        self,
+        count: int,
+        scores: TokenLogprobs | None = None,
+        scored_prompts: SequenceOf[tuple[Sequence, int, TokenLogprobs]] = (),
+    ) -> Callable[[], StepResult]:
+        """The second half of `launch`: the result of a step whose last kernel has been enqueued."""
+        fetch = self._download.start(self._drawn, count)
+
+        def wait() -> StepResult:
+            with self.tracer.span("wait"):
+                return StepResult(
+                    fetch().tolist(),
+                    None if scores is None else map_to_host(self.ops, scores),
+                    [(seq, position, map_to_host(self.ops, s)) for seq, position, s in scored_prompts],
+                )
+
+        return wait
+
+    def _move_blocks(self, output: SchedulerOutput) -> None:
+        """The plan's transfers in order, runs of one direction together, then its copies."""
+        for to_host, transfers in itertools.groupby(output.transfers, key=attrgetter("to_host")):
+            source_kv, target_kv = (self.kv, self.host_kv) if to_host else (self.host_kv, self.kv)
+            sources = {t.target: t.source for t in transfers}  # a host block filled twice keeps what came last
+            pairs = np.array([(source, target) for target, source in sources.items()], np.int32)
+            target_kv.copy_blocks_from(source_kv, self.ops.to_device(pairs), self.ops)
+        if output.copies:
+            self.kv.copy_blocks_from(self.kv, self.ops.to_device(np.array(output.copies, np.int32)), self.ops)
+
+    def seconds_to_load_block(self) -> float:
+        """Measure what bringing a block from host memory takes, by moving the first ones out and in again."""
+        count = min(self.kv.num_blocks, self.host_kv.num_blocks, 64)
+        pairs = self.ops.to_device(np.repeat(np.arange(count, dtype=np.int32), 2).reshape(-1, 2))
+        self.host_kv.copy_blocks_from(self.kv, pairs, self.ops)
+        self.kv.copy_blocks_from(self.host_kv, pairs, self.ops)  # the first time pays for loading kernels
+        self.ops.synchronize()
+        start = time.perf_counter()
+        self.kv.copy_blocks_from(self.host_kv, pairs, self.ops)
+        self.ops.synchronize()
+        return (time.perf_counter() - start) / count
 
     def _to_device(self, columns: Columns) -> Columns:
         """A dataclass of host arrays with its arrays on the device."""
@@ -115,8 +204,7 @@ class ModelRunner:
                 logits = self.model.logits(hidden[row : row + len(targets)])
                 row += len(targets)
                 num_top = s.seq.sampling_params.prompt_logprobs
-                scores = self.ops.logprobs(logits, self.ops.to_device(targets), num_top)
-                results.append((s.seq, position, map_to_host(self.ops, scores)))
+                results.append((s.seq, position, self.ops.logprobs(logits, self.ops.to_device(targets), num_top)))
         return results
 
 
@@ -127,18 +215,21 @@ def map_to_host(ops: Ops, logprobs: TokenLogprobs) -> TokenLogprobs:
 def make_ops(config: EngineConfig, model_config: ModelConfig) -> Ops:
     """The backend for `device`, with the engine's dtype.
 
-    "auto" is the CPU, and says so where there is a GPU, until the engine's GPU tests have a recorded run.
+    "auto" is CUDA where it can be used, else the CPU, and says why where there is an NVIDIA driver.
     Raises `CudaUnavailable` with what mends it when "cuda" is asked for and cannot be used.
     """
-    from mini_vllm.ops.cuda import driver_cuda_version, require_cuda
+    from mini_vllm.ops.cuda import CudaUnavailable, driver_cuda_version, require_cuda
 
-    if config.device == "cuda":
-        require_cuda()
-        from mini_vllm.ops.cuda.cuda_ops import CudaOps
+    if config.device == "cuda" or (config.device == "auto" and driver_cuda_version() is not None):
+        try:
+            require_cuda()
+            from mini_vllm.ops.cuda.cuda_ops import CudaOps
 
-        return CudaOps(numpy_dtype(model_config.dtype if config.dtype == "auto" else config.dtype))
-    if config.device == "auto" and driver_cuda_version() is not None:
-        logger.info('Running on the CPU with NumPy; the young CUDA backend is used when asked for: device="cuda".')
+            return CudaOps(numpy_dtype(model_config.dtype if config.dtype == "auto" else config.dtype))
+        except CudaUnavailable as error:
+            if config.device == "cuda":
+                raise
+            logger.info("Running on the CPU with NumPy: %s.", error)
     from mini_vllm.ops.numpy_ops import NumpyOps
 
     return NumpyOps(numpy_dtype("float32" if config.dtype == "auto" else config.dtype))

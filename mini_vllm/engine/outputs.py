@@ -22,7 +22,7 @@ class CompletionOutput:
     logprobs: for each output token {token id: Logprob}, the sampled token first; None unless asked for.
     cumulative_logprob: the sum over the sampled tokens; None unless logprobs were asked for.
     finish_reason: "stop", "length" or "abort"; None while running.
-    stop_reason: the stop string or stop token id that ended it; None for EOS.
+    stop_reason: the stop string or stop token id that ended it, or why the engine aborted it; None for EOS.
     """
 
     index: int
@@ -51,6 +51,53 @@ class RequestMetrics:
     @property
     def time_to_first_token(self) -> float | None:
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
+@dataclass
+class BeamSearchSequence:
+    """One continuation that beam search found.
+
+    tokens: prompt and output, EOS included where it ended so; text: of the output, without special tokens.
+    cum_logprob: the sum of the output tokens' log probabilities; score: that, corrected for length.
+    finish_reason: "stop" for EOS, "length".
+    """
+
+    tokens: list[int]
+    cum_logprob: float
+    score: float
+    finish_reason: str
+    text: str = ""
+
+
+@dataclass
+class BeamSearchOutput:
+    """The continuations of one prompt, best score first, at most beam_width."""
+
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The engine's state between two steps, and counters since it was made.
+
+    num_running, num_waiting: sequences.
+    num_cached_kv_blocks: blocks that the prefix cache remembers, in use or not; num_host_kv_blocks: more, in host
+        memory.
+    num_free_kv_blocks: neither in use nor remembered.
+    prefix_cache_queries, prefix_cache_hits: tokens of admitted sequences, and those of them found computed.
+    peak_kv_blocks: the most blocks in use or remembered at a time.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_kv_blocks: int
+    num_free_kv_blocks: int
+    num_cached_kv_blocks: int
+    num_host_kv_blocks: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    num_preemptions: int
+    peak_kv_blocks: int
 
 
 @dataclass

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-FORMS = 'a string, a list of token ids, {"prompt": string} or {"prompt_token_ids": [...]}'
+FORMS = 'a string, a list of token ids, {"prompt": string} or {"prompt_token_ids": [...]}, perhaps with "cache_salt"'
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text, token ids, or both once the text is encoded."""
+    """Text, token ids, or both once the text is encoded; and what its cached prefixes are kept apart by."""
 
     text: str | None
     token_ids: list[int] | None
+    cache_salt: str | None = None
 
 
 def parse_prompt(prompt: Any) -> Prompt:
@@ -23,6 +24,12 @@ def parse_prompt(prompt: Any) -> Prompt:
     if isinstance(prompt, str):
         return Prompt(prompt, None)
     if isinstance(prompt, Mapping):
+        if "cache_salt" in prompt:
+            salt = prompt["cache_salt"]
+            if salt is not None and (not isinstance(salt, str) or not salt):
+                raise ValueError(f"cache_salt must be a string that is not empty, got {salt!r}")
+            prompt = {key: value for key, value in prompt.items() if key != "cache_salt"}
+            return replace(parse_prompt(prompt), cache_salt=salt)
         if set(prompt) == {"prompt"} and isinstance(prompt["prompt"], str):
             return Prompt(prompt["prompt"], None)
         if {"prompt_token_ids"} <= set(prompt) <= {"prompt_token_ids", "prompt"}:

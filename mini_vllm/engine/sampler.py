@@ -7,47 +7,42 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from mini_vllm.engine.batch_state import BatchState
 from mini_vllm.ops.base import BANNED, SamplingBatch
+from mini_vllm.scheduling.scheduler import ScheduledSequence
 from mini_vllm.scheduling.sequence import Sequence
 
 
-def build_sampling_batch(seqs: list[Sequence]) -> SamplingBatch:
-    """The rules for the next token of each sequence, as host arrays."""
+def build_sampling_batch(sampling: list[ScheduledSequence], state: BatchState) -> SamplingBatch:
+    """The rules for the next token of each scheduled sequence that samples, as host arrays."""
+    seats = np.array([s[0].seat for s in sampling], np.intp)
+    columns = {name: column[seats] for name, column in state.sampling.items()}
+    columns["positions"] = np.array([s[1] + s[2] for s in sampling], np.int32)
+    if state.has_rules[seats].any():
+        columns |= _build_rules([s.seq for s in sampling], columns["positions"].tolist())
+    random = columns["temperature"] > 0
+    filtered = (columns["top_k"] > 0) | (columns["top_p"] < 1) | (columns["min_p"] > 0)
+    return SamplingBatch(**columns, any_random=bool(random.any()), any_filter=bool((random & filtered).any()))
+
+
+def _build_rules(seqs: list[Sequence], positions: list[int]) -> dict[str, np.ndarray]:
+    """The ragged columns, and those of penalties: what depends on a sequence's tokens, or few sequences have."""
     params = [seq.sampling_params for seq in seqs]
-
-    def column(name: str, dtype: type) -> np.ndarray:
-        return np.array([getattr(p, name) for p in params], dtype)
-
-    def clipped(name: str, dtype: type, low: float, high: float) -> np.ndarray:
-        """A column of values that are legal but too large or too small for its dtype to be meaningful."""
-        return np.array([min(max(getattr(p, name), low), high) for p in params], dtype)
-
-    columns = {
-        "temperature": column("temperature", np.float32),
-        "top_k": clipped("top_k", np.int32, 0, 2**31 - 1),
-        "top_p": column("top_p", np.float32),
-        "min_p": column("min_p", np.float32),
-        "seeds": np.array([seq.seed for seq in seqs], np.uint64),
-        "positions": np.array([seq.num_tokens for seq in seqs], np.int32),
-    }
+    columns: dict[str, np.ndarray] = {}
     if any(p.has_penalties for p in params):
         counts = [_token_counts(seq) if seq.sampling_params.has_penalties else {} for seq in seqs]
         columns["penalty_offsets"], columns["penalty_ids"], columns["penalty_counts"] = _csr(counts, np.int32)
-        columns["repetition_penalty"] = clipped("repetition_penalty", np.float32, 1e-6, 1e6)
-        columns["presence_penalty"] = column("presence_penalty", np.float32)
-        columns["frequency_penalty"] = column("frequency_penalty", np.float32)
-    biases = [_biases(seq) for seq in seqs]
+        # Legal, but too large or too small for a float32 to be meaningful.
+        columns["repetition_penalty"] = np.clip([p.repetition_penalty for p in params], 1e-6, 1e6).astype(np.float32)
+        columns["presence_penalty"] = np.array([p.presence_penalty for p in params], np.float32)
+        columns["frequency_penalty"] = np.array([p.frequency_penalty for p in params], np.float32)
+    biases = [_biases(seq, position) for seq, position in zip(seqs, positions, strict=True)]
     if any(biases):
         columns["bias_offsets"], columns["bias_ids"], columns["bias_values"] = _csr(biases, np.float32)
     if any(p.allowed_token_ids for p in params):
         allowed = [dict.fromkeys(p.allowed_token_ids or (), 0) for p in params]
         columns["allowed_offsets"], columns["allowed_ids"], _ = _csr(allowed, np.int32)
-    random = [p for p in params if not p.is_greedy]
-    return SamplingBatch(
-        **columns,
-        any_random=bool(random),
-        any_filter=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in random),
-    )
+    return columns
 
 
 def _token_counts(seq: Sequence) -> dict[int, int]:
@@ -55,15 +50,15 @@ def _token_counts(seq: Sequence) -> dict[int, int]:
     return {**dict.fromkeys(seq.token_ids[: seq.num_prompt_tokens], 0), **Counter(seq.output_token_ids)}
 
 
-def _biases(seq: Sequence) -> dict[int, float]:
-    """logit_bias, and a ban on what bad_words and min_tokens forbid now."""
+def _biases(seq: Sequence, position: int) -> dict[int, float]:
+    """logit_bias, and a ban on what bad_words and min_tokens forbid for the token at this position."""
     params = seq.sampling_params
     biases = dict(params.logit_bias or {})
     for word in seq.bad_words_token_ids:
         prefix = list(word[:-1])
         if not prefix or seq.output_token_ids[-len(prefix) :] == prefix:
             biases[word[-1]] = BANNED
-    if seq.num_output_tokens < params.min_tokens:
+    if position - seq.num_prompt_tokens < params.min_tokens:
         biases.update(dict.fromkeys(seq.stop_token_ids, BANNED))
     return biases
 

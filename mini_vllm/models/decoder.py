@@ -5,6 +5,7 @@
                 hidden += down_proj(silu_and_mul(gate_up_proj(norm(hidden))))
     logits = lm_head(norm(hidden))
 
+The sum is kept in two parts, the last projection's output and the `residual` before it, which the next norm adds up.
 Each class is its weights and a forward pass; state comes in as arguments.
 """
 
@@ -30,27 +31,21 @@ class Attention:
         self,
         ops: Ops,
         config: ModelConfig,
+        norm: Array,
         hidden: Array,
+        residual: Array | None,
         positions: Array,
         rope: Array,
         keys: Array,
         values: Array,
         meta: AttentionMetadata,
-    ) -> Array:
-        qkv = ops.linear(hidden, self.qkv_proj)
-        q = ops.rope_store_kv(
-            qkv,
-            positions,
-            rope,
-            self.q_norm,
-            self.k_norm,
-            config.rms_norm_eps,
-            keys,
-            values,
-            meta.slot_mapping,
+    ) -> tuple[Array, Array]:
+        eps, scale = config.rms_norm_eps, config.head_dim**-0.5
+        qkv, residual = ops.add_norm_linear(hidden, residual, norm, eps, self.qkv_proj)
+        out = ops.rope_attention(
+            qkv, positions, rope, self.q_norm, self.k_norm, eps, keys, values, meta, scale, self.window
         )
-        out = ops.attention(q, keys, values, meta, config.head_dim**-0.5, self.window)
-        return ops.all_reduce(ops.linear(out, self.o_proj))
+        return ops.all_reduce(ops.linear(out, self.o_proj)), residual
 
 
 @dataclass(frozen=True)
@@ -58,8 +53,11 @@ class MLP:
     gate_up_proj: Weight  # rows: gate, then up
     down_proj: Weight
 
-    def forward(self, ops: Ops, hidden: Array) -> Array:
-        return ops.all_reduce(ops.linear(ops.silu_and_mul(ops.linear(hidden, self.gate_up_proj)), self.down_proj))
+    def forward(
+        self, ops: Ops, config: ModelConfig, norm: Array, hidden: Array, residual: Array
+    ) -> tuple[Array, Array]:
+        gated, residual = ops.add_norm_swiglu(hidden, residual, norm, config.rms_norm_eps, self.gate_up_proj)
+        return ops.all_reduce(ops.linear(gated, self.down_proj)), residual
 
 
 @dataclass(frozen=True)
@@ -81,26 +79,39 @@ class CausalLM:
     rope: Array  # [max_model_len, head_dim] float32
 
     def forward(
-        self, input_ids: Array, positions: Array, meta: AttentionMetadata, kv: KVCache, indices: Array
+        self,
+        input_ids: Array,
+        positions: Array,
+        meta: AttentionMetadata,
+        kv: KVCache,
+        indices: Array,
+        previous: Array | None = None,
     ) -> Array:
         """Run the step's tokens, writing their K/V, and return the normed hidden states of some of them.
 
-        input_ids, positions: [T] int32; indices: [S] int32, the rows whose logits are wanted. Returns [S, H].
+        input_ids, positions: [T] int32; indices: [S] int32, the rows whose logits are wanted; previous: int32, tokens
+        that input_ids may name, see `Ops.embedding`. Returns [S, H].
         """
-        ops, eps = self.ops, self.config.rms_norm_eps
-        residual = ops.embedding(input_ids, self.embed_tokens)
-        hidden = ops.rms_norm(residual, self.layers[0].input_norm, eps)
+        ops = self.ops
+        hidden, residual = ops.embedding(input_ids, self.embed_tokens, previous), None
         for i, layer in enumerate(self.layers):
-            if i > 0:
-                hidden, residual = ops.add_rms_norm(hidden, residual, layer.input_norm, eps)
-            hidden = layer.attention.forward(
-                ops, self.config, hidden, positions, self.rope, kv.keys[i], kv.values[i], meta
-            )
-            hidden, residual = ops.add_rms_norm(hidden, residual, layer.post_attention_norm, eps)
-            hidden = layer.mlp.forward(ops, hidden)
+            state = positions, self.rope, kv.keys[i], kv.values[i], meta
+            hidden, residual = layer.attention.forward(ops, self.config, layer.input_norm, hidden, residual, *state)
+            hidden, residual = layer.mlp.forward(ops, self.config, layer.post_attention_norm, hidden, residual)
         # Only the rows that need logits go through the last norm (and the head): a row gather is an embedding.
         hidden, residual = ops.embedding(indices, hidden), ops.embedding(indices, residual)
-        return ops.add_rms_norm(hidden, residual, self.norm, eps)[0]
+        return ops.add_rms_norm(hidden, residual, self.norm, self.config.rms_norm_eps)[0]
+
+    @property
+    def projections(self) -> list[Weight]:
+        """What `Ops` multiplies hidden states with, layer by layer, without the head."""
+        return [
+            weight
+            for layer in self.layers
+            for weight in (
+                layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj
+            )
+        ]  # fmt: skip
 
     def logits(self, hidden: Array) -> Array:
         """hidden [S, H], as `forward` returns it, to logits [S, V] float32."""

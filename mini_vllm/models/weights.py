@@ -21,7 +21,7 @@ from mini_vllm.config import ModelConfig, read_json
 from mini_vllm.models.decoder import MLP, Attention, CausalLM, DecoderLayer
 from mini_vllm.models.rope import rope_table
 from mini_vllm.ops.base import Array, Ops
-from mini_vllm.ops.weight import DenseWeight
+from mini_vllm.ops.weight import DenseWeight, RepeatedBlock
 
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -32,7 +32,7 @@ _DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 class TensorSource(Protocol):
     """Where weights come from: a checkpoint, or a random generator."""
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray: ...
+    def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray | RepeatedBlock: ...
 
 
 class Checkpoint:
@@ -137,17 +137,16 @@ class DummyWeights:
     """Seeded random weights of the right shapes (load_format="dummy"): speed without a download.
 
     One block of normal numbers is repeated from an offset that depends on the tensor's name, since drawing
-    billions of them would take minutes.
+    billions of them would take minutes. Its length is prime, so no two rows of a matrix are equal.
     """
 
     def __init__(self, seed: int) -> None:
         self._block = np.random.default_rng(seed).standard_normal(1_048_573, np.float32) * np.float32(0.02)
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray | RepeatedBlock:
         if name.endswith("norm.weight"):
             return np.ones(shape, np.float32)
-        start = zlib.crc32(name.encode()) % len(self._block)
-        return np.resize(np.roll(self._block, -start), shape)
+        return RepeatedBlock(self._block, zlib.crc32(name.encode()) % len(self._block), shape)
 
 
 def load_decoder(config: ModelConfig, source: TensorSource, ops: Ops, max_model_len: int) -> CausalLM:

@@ -34,9 +34,11 @@ class AttentionMetadata:
     slot_mapping: Array  # [T] int32: cache row (block * block_size + offset) of each new token; -1 is padding
     cu_seqlens_q: Array  # [B + 1] int32: sequence i brings tokens cu_seqlens_q[i] to cu_seqlens_q[i + 1]
     seq_lens: Array  # [B] int32: keys that sequence i sees, this step's included
-    block_tables: Array  # [B, max_blocks] int32: physical block of each logical block; unused entries are 0
+    block_tables: Array  # [B, max_blocks] int32: physical block of each logical block; unused entries mean nothing
     max_seqlen_q: int  # host ints, so that kernel and grid can be chosen without a synchronisation
     max_seqlen_k: int
+    # max_seqlen_q == 1 promises more: no sequence sees a key that another one brings in the same step. (Sequences
+    # may share a block that this step fills; then say 2.)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,14 @@ def map_arrays(value: Dataclass, convert: Callable[[Array], Array]) -> Dataclass
     return replace(value, **{k: convert(v) for k, v in arrays.items() if isinstance(v, np.ndarray)})
 
 
+class Download(Protocol):
+    """Copies from the device that the host can wait for later."""
+
+    def start(self, data: Array, count: int) -> Callable[[], np.ndarray]:
+        """Enqueue a copy of data[:count]. The result waits for it and returns it; it is good until the next but one."""
+        ...
+
+
 class Ops(Protocol):
     """What a backend computes. Inputs are never modified except where a method says so.
 
@@ -109,7 +119,19 @@ class Ops(Protocol):
 
     def to_host(self, array: Array) -> np.ndarray: ...
 
+    def make_download(self, size: int, dtype: np.dtype) -> Download:
+        """For results of at most `size` elements that the host fetches step by step without stopping the device."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for all that was enqueued."""
+        ...
+
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array: ...
+
+    def host_zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """Zeros in host memory that `copy_blocks` can read and write."""
+        ...
 
     def load_weight(self, parts: Sequence[np.ndarray]) -> Array:
         """The parts stacked along their first axis, in `dtype`: a weight on its way from files to where it is used.
@@ -118,8 +140,11 @@ class Ops(Protocol):
         """
         ...
 
-    def embedding(self, ids: Array, table: Array) -> Array:
-        """Rows `ids` [T] of `table` [V, H]: [T, H]."""
+    def embedding(self, ids: Array, table: Array, previous: Array | None = None) -> Array:
+        """Rows `ids` [T] of `table` [V, H]: [T, H].
+
+        An id -1 - r stands for `previous`[r], a token that was drawn on the device and that the host does not know.
+        """
         ...
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
@@ -141,6 +166,42 @@ class Ops(Protocol):
         """silu(gate) * up for gate_up [T, 2 I], the gate half first: [T, I] (SwiGLU; Shazeer, 2020)."""
         ...
 
+    # Steps of few tokens spend most of their time between kernels, so what often follows one another is one op, too:
+    # by definition the composition of the single ones, with the same roundings in between.
+
+    def add_norm_linear(
+        self, x: Array, residual: Array | None, norm_weight: Array, eps: float, weight: Weight
+    ) -> tuple[Array, Array]:
+        """(linear(h, weight), new residual) with (h, new residual) = add_rms_norm(x, residual, norm_weight, eps).
+
+        Without a residual, x is the new one and h its norm. As with `add_rms_norm`, the caller must not read `x` or
+        `residual` again.
+        """
+        ...
+
+    def add_norm_swiglu(
+        self, x: Array, residual: Array | None, norm_weight: Array, eps: float, gate_up: Weight
+    ) -> tuple[Array, Array]:
+        """(silu_and_mul(y), new residual) with (y, new residual) = add_norm_linear(x, residual, ..., gate_up)."""
+        ...
+
+    def rope_attention(
+        self,
+        qkv: Array,
+        positions: Array,
+        rope_table: Array,
+        q_norm: Array | None,
+        k_norm: Array | None,
+        eps: float,
+        k_cache: Array,
+        v_cache: Array,
+        meta: AttentionMetadata,
+        scale: float,
+        window: int | None = None,
+    ) -> Array:
+        """`rope_store_kv` at meta.slot_mapping, then `attention` of its result: [T, Hq * D]."""
+        ...
+
     def rope_store_kv(
         self,
         qkv: Array,
@@ -153,11 +214,19 @@ class Ops(Protocol):
         v_cache: Array,
         slot_mapping: Array,
     ) -> Array:
-        """Split qkv, norm q and k per head (if weights are given), rotate them and write k and v into the cache.
+        """Split qkv, norm q and k per head (if weights are given: both or neither), rotate them and write k and v
+        into the cache.
 
         qkv: [T, (Hq + 2 Hkv) * D]; positions: [T] int32; rope_table: [max_position, D] float32, cosines then
         sines; q_norm, k_norm: [D] or None; k_cache, v_cache: [num_blocks, block_size, Hkv, D], written in
         place at slot_mapping [T]; -1 writes nothing. Returns the rotated q [T, Hq, D].
+        """
+        ...
+
+    def copy_blocks(self, k_source: Array, v_source: Array, k_target: Array, v_target: Array, pairs: Array) -> None:
+        """Copy cache blocks [block_size, Hkv, D]: target block t = source block s for (s, t) in pairs [N, 2] int32.
+
+        Source and target may be the same cache; then no t may be another pair's s.
         """
         ...
 
@@ -195,3 +264,39 @@ class Ops(Protocol):
     def all_reduce(self, x: Array) -> Array:
         """Sum over the tensor-parallel ranks; the identity on one."""
         ...
+
+
+class Compositions:
+    """The ops that are compositions of others: their definition, and what a backend does where fusing does not pay."""
+
+    def add_norm_linear(
+        self, x: Array, residual: Array | None, norm_weight: Array, eps: float, weight: Weight
+    ) -> tuple[Array, Array]:
+        if residual is None:
+            return self.linear(self.rms_norm(x, norm_weight, eps), weight), x
+        hidden, residual = self.add_rms_norm(x, residual, norm_weight, eps)
+        return self.linear(hidden, weight), residual
+
+    def add_norm_swiglu(
+        self, x: Array, residual: Array | None, norm_weight: Array, eps: float, gate_up: Weight
+    ) -> tuple[Array, Array]:
+        y, residual = self.add_norm_linear(x, residual, norm_weight, eps, gate_up)
+        return self.silu_and_mul(y), residual
+
+    def rope_attention(
+        self,
+        qkv: Array,
+        positions: Array,
+        rope_table: Array,
+        q_norm: Array | None,
+        k_norm: Array | None,
+        eps: float,
+        k_cache: Array,
+        v_cache: Array,
+        meta: AttentionMetadata,
+        scale: float,
+        window: int | None = None,
+    ) -> Array:
+        slots = meta.slot_mapping
+        q = self.rope_store_kv(qkv, positions, rope_table, q_norm, k_norm, eps, k_cache, v_cache, slots)
+        return self.attention(q, k_cache, v_cache, meta, scale, window)

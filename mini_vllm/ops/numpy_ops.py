@@ -6,11 +6,11 @@ once at the end of each op, as the kernels do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mini_vllm.ops.base import Array, AttentionMetadata, SamplingBatch, TokenLogprobs
+from mini_vllm.ops.base import Array, AttentionMetadata, Compositions, SamplingBatch, TokenLogprobs
 from mini_vllm.ops.philox import exponential_noise
 from mini_vllm.ops.weight import Weight
 
@@ -32,7 +32,15 @@ def _csr_rows(offsets: np.ndarray) -> np.ndarray:
     return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
 
 
-class NumpyOps:
+class NumpyDownload:
+    """`Download` where everything has run by the time it is asked for."""
+
+    def start(self, data: Array, count: int) -> Callable[[], np.ndarray]:
+        copy = data[:count].copy()
+        return lambda: copy
+
+
+class NumpyOps(Compositions):
     """`Ops` on the CPU. See `Ops` for what each method means; here is how."""
 
     device = "cpu"
@@ -52,8 +60,17 @@ class NumpyOps:
     def to_host(self, array: Array) -> np.ndarray:
         return array
 
+    def make_download(self, size: int, dtype: np.dtype) -> NumpyDownload:
+        return NumpyDownload()
+
+    def synchronize(self) -> None:
+        pass
+
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         return np.zeros(shape, dtype)
+
+    def host_zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        return self.zeros(shape, dtype)
 
     def load_weight(self, parts: Sequence[np.ndarray]) -> Array:
         # Column-major: `x @ weight.T` then reads whole rows of memory, twice as fast for a single token.
@@ -62,7 +79,9 @@ class NumpyOps:
 
     # ---- transformer --------------------------------------------------------------------------------------
 
-    def embedding(self, ids: Array, table: Array) -> Array:
+    def embedding(self, ids: Array, table: Array, previous: Array | None = None) -> Array:
+        if previous is not None:
+            ids = np.where(ids < 0, previous[np.maximum(-1 - ids, 0)], ids)
         return table[ids]
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
@@ -105,6 +124,11 @@ class NumpyOps:
             k, v, slot_mapping = k[real], v[real], slot_mapping[real]
         for values, cache in ((k, k_cache), (v, v_cache)):
             cache.reshape(-1, *cache.shape[2:])[slot_mapping] = values
+
+    def copy_blocks(self, k_source: Array, v_source: Array, k_target: Array, v_target: Array, pairs: Array) -> None:
+        sources, targets = pairs.T
+        k_target[targets] = k_source[sources]
+        v_target[targets] = v_source[sources]
 
     def rope_store_kv(
         self,

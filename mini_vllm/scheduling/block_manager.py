@@ -20,10 +20,16 @@ class BlockManager:
         self.block_size = block_size
         self._ref_counts = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the block freed last is the warmest
+        self._fewest_free = num_blocks
 
     @property
     def num_free_blocks(self) -> int:
         return len(self._free)
+
+    @property
+    def peak_used_blocks(self) -> int:
+        """The most blocks that had owners at a time."""
+        return self.num_blocks - self._fewest_free
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -35,6 +41,7 @@ class BlockManager:
         block_ids = [self._free.pop() for _ in range(count)]
         for block_id in block_ids:
             self._ref_counts[block_id] = 1
+        self._fewest_free = min(self._fewest_free, len(self._free))
         return block_ids
 
     def share(self, block_ids: Iterable[int]) -> None:

@@ -1,5 +1,7 @@
 """The engine on the GPU: the equalities of design, CPU = GPU, nothing leaks, and a real shape against transformers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -14,9 +16,10 @@ PROMPTS = [
     "In the middle of the dark forest there stood an old house, and in the house there lived a witch who",
     "The wolf " * 20,
 ]
+SEEDED = SamplingParams(temperature=0.9, top_k=50, top_p=0.95, seed=1234, max_tokens=40, ignore_eos=True)
 PARAMS = {
     "greedy": SamplingParams(temperature=0, max_tokens=40, ignore_eos=True),
-    "seeded": SamplingParams(temperature=0.9, top_k=50, top_p=0.95, seed=1234, max_tokens=40, ignore_eos=True),
+    "seeded": SEEDED,
     "penalised": SamplingParams(
         temperature=0.8,
         min_p=0.02,
@@ -26,22 +29,37 @@ PARAMS = {
         max_tokens=40,
         ignore_eos=True,
     ),
+    "stopped": replace(SEEDED, stop=["nt", "ll"]),
+}
+TINY = {"num_kv_blocks": 24, "block_size": 8, "kv_cache_memory": None, "max_model_len": None}
+WAYS = {  # in which an engine may run requests without changing what they say
+    "eager": {"enforce_eager": True},
+    "no overlap": {"overlap": False},
+    "no cache": {"enable_prefix_caching": False},
+    "small blocks": {"block_size": 4},
+    "chunked": {"max_num_batched_tokens": 7, "max_num_seqs": 6},
+    "preempted": TINY,
+    "preempted eager": {**TINY, "enforce_eager": True},
+    "swapped": {**TINY, "swap_space": 1 << 22},
+    "few seats": {"max_num_seqs": 2, "policy": "sjf"},
 }
 
 
 def gpu(**arguments):
-    return LLM(device="cuda", dtype="float32", max_model_len=512, kv_cache_memory=256 << 20, **arguments)
+    defaults = {"max_num_seqs": 16, "max_model_len": 512, "kv_cache_memory": 256 << 20}
+    return LLM(device="cuda", dtype="float32", **{**defaults, **arguments})
 
 
 @pytest.fixture(scope="module")
 def gpu_llm():
-    return gpu(max_num_seqs=16)
+    return gpu()
 
 
 def tokens_of(llm, params, prompts=PROMPTS):
+    """Of each prompt, the tokens of its samples."""
     outputs = llm.generate(prompts, params, use_tqdm=False)
     llm.llm_engine.check()
-    return [output.outputs[0].token_ids for output in outputs]
+    return [[sample.token_ids for sample in output.outputs] for output in outputs]
 
 
 @pytest.fixture(params=list(PARAMS))
@@ -53,21 +71,32 @@ def test_gpu_equals_cpu(gpu_llm, demo_llm, params):
     assert tokens_of(gpu_llm, params) == tokens_of(demo_llm, params)
 
 
-def test_graph_equals_eager(gpu_llm, params):
-    assert gpu_llm.llm_engine.runner._graphs is not None
-    assert tokens_of(gpu(max_num_seqs=16, enforce_eager=True), params) == tokens_of(gpu_llm, params)
-
-
 def test_alone_equals_in_a_batch(gpu_llm, params):
     together = tokens_of(gpu_llm, params)
     assert [tokens_of(gpu_llm, params, [prompt])[0] for prompt in PROMPTS] == together
 
 
-def test_chunked_and_preempted_equal_whole(gpu_llm, params):
-    whole = tokens_of(gpu_llm, params)
-    assert tokens_of(gpu(max_num_seqs=6, max_num_batched_tokens=7), params) == whole
-    small = LLM(device="cuda", dtype="float32", num_kv_blocks=24, block_size=8)
-    assert tokens_of(small, params) == whole
+@pytest.mark.parametrize("way", WAYS)
+def test_how_a_request_is_run_changes_nothing(gpu_llm, way):
+    """The second time prompts and outputs are in the prefix cache."""
+    engine = gpu_llm.llm_engine
+    assert engine.runner._graphs is not None
+    assert engine.runner.runs_ahead
+    llm = gpu(**WAYS[way])
+    for params in PARAMS.values():
+        expected = tokens_of(gpu_llm, params)
+        assert [tokens_of(llm, params) for _ in range(2)] == [expected, expected]
+    if "num_kv_blocks" in WAYS[way]:
+        assert llm.llm_engine.stats().num_preemptions > 0
+
+
+@pytest.mark.parametrize("way", ["eager", "no cache", "chunked", "preempted"])
+def test_samples_of_a_request_equal_requests_of_their_own(gpu_llm, way):
+    llm = gpu(**WAYS[way])
+    for params in (SEEDED, PARAMS["penalised"]):
+        single = [tokens_of(gpu_llm, replace(params, seed=params.seed + i)) for i in range(3)]
+        expected = [[tokens for (tokens,) in samples] for samples in zip(*single, strict=True)]
+        assert tokens_of(gpu_llm, replace(params, n=3)) == tokens_of(llm, replace(params, n=3)) == expected
 
 
 def test_logprobs_on_the_gpu_are_those_of_the_cpu(gpu_llm, demo_llm):
@@ -86,12 +115,16 @@ def test_logprobs_on_the_gpu_are_those_of_the_cpu(gpu_llm, demo_llm):
 def test_a_long_run_returns_to_the_baseline(gpu_llm):
     from mini_vllm.ops.cuda.device import free_cached_memory, memory_info
 
+    """Waves of requests of all kinds that share prefixes, one of them lost half-way in each."""
     engine = gpu_llm.llm_engine
     manager = engine.scheduler.block_manager
 
     def wave(seed):
         params = [
-            SamplingParams(seed=seed + i, max_tokens=5 + i % 60, top_p=0.9, logprobs=i % 3 or None) for i in range(48)
+            SamplingParams(
+                seed=seed + i, max_tokens=5 + i % 60, top_p=0.9, logprobs=i % 3 or None, n=1 + (i % 8 == 0), stop="ll"
+            )
+            for i in range(48)
         ]
         gpu_llm.generate([PROMPTS[i % len(PROMPTS)] for i in range(48)], params, use_tqdm=False)
 
@@ -103,6 +136,10 @@ def test_a_long_run_returns_to_the_baseline(gpu_llm):
         engine.add_request("lost", PROMPTS[3], SamplingParams(max_tokens=100))
         engine.step()
         engine.abort_request("lost")
+    engine.check()
+    assert engine.stats().prefix_cache_hits > 0
+    assert engine.scheduler.num_available_blocks == manager.num_blocks
+    engine.reset_prefix_cache()
     assert manager.num_free_blocks == manager.num_blocks
     free_cached_memory()
     free, _ = memory_info()

@@ -2,13 +2,16 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from mini_vllm import LLM, EngineConfig, LLMEngine, SamplingParams
+from mini_vllm.engine import llm_engine
 from mini_vllm.engine.outputs import Logprob
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+LONG = list(range(100, 130))  # a prompt of 30 tokens: 7 blocks of 4
 
 
 @pytest.fixture
@@ -16,10 +19,22 @@ def engine(demo_llm):
     """The shared engine, which each test must leave empty."""
     engine = demo_llm.llm_engine
     yield engine
+    left = list(engine._requests)
+    for request_id in left:  # the next test is to start with an empty one
+        engine.abort_request(request_id)
+    assert not left
     assert not engine.has_unfinished_requests()
+    assert_nothing_runs(engine)
+
+
+def assert_nothing_runs(engine):
+    """No block is anybody's but the prefix cache's, and without it they are all free."""
     engine.check()
-    manager = engine.scheduler.block_manager
-    assert manager.num_free_blocks == manager.num_blocks
+    blocks = engine.scheduler.block_manager
+    assert engine.scheduler.num_available_blocks == blocks.num_blocks
+    engine.reset_prefix_cache()
+    engine.check()
+    assert blocks.num_free_blocks == blocks.num_blocks
 
 
 def run(engine, *requests):
@@ -176,44 +191,310 @@ def test_abort_in_every_state_frees_blocks_in_the_same_call():
     engine.step()
     engine.step()
     assert {s.seq_id for s in engine.scheduler.waiting} == {2}
-    used = manager.num_blocks - manager.num_free_blocks
-    assert used > 0
+    available = [engine.scheduler.num_available_blocks]
     for name in ("waiting", "prefilling", "decoding"):
         output = engine.abort_request(name)
         assert output.finished
         assert output.outputs[0].finish_reason == "abort"
+        assert output.outputs[0].stop_reason is None
         engine.check()
-    assert manager.num_free_blocks == manager.num_blocks
+        available.append(engine.scheduler.num_available_blocks)
+    assert available == [3, 3, 7, 8]
+    assert manager.num_blocks == 8
     assert engine.abort_request("decoding") is None
     assert engine.step() == []
 
 
-def test_a_failing_step_ends_all_requests_and_the_engine_lives_on(demo_llm, engine, monkeypatch):
+def fail():
+    raise MemoryError("no memory")
+
+
+@pytest.mark.parametrize("where", ["launch", "wait", "launch ahead", "wait ahead"])
+def test_a_failing_step_ends_all_requests_and_the_engine_lives_on(demo_llm, engine, monkeypatch, where):
+    """What it had planned may never have been computed: the prefix cache forgets everything."""
+    monkeypatch.setattr(engine.runner, "runs_ahead", "ahead" in where)
+    expected = demo_llm.generate(LONG, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     for i in range(3):
-        engine.add_request(str(i), "Once", GREEDY)
+        engine.add_request(str(i), LONG, GREEDY)
     engine.step()
+    assert engine.stats().num_cached_kv_blocks > 0
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "execute", lambda plan: (_ for _ in ()).throw(MemoryError("no memory")))
+        patch.setattr(engine.runner, "launch", lambda plan: fail() if "launch" in where else fail)
         with pytest.raises(MemoryError):
-            engine.step()
+            list(iter(engine.step, []))  # a step that was in flight already is waited for first
     assert not engine.has_unfinished_requests()
-    assert len(run(engine, ("again", "Once", GREEDY))["again"].outputs[0].token_ids) == 12
+    assert engine.stats().num_cached_kv_blocks == 0
+    assert_nothing_runs(engine)
+    assert run(engine, ("again", LONG, GREEDY))["again"].outputs[0].token_ids == expected
 
 
 def test_an_interrupt_aborts_what_generate_started(demo_llm, engine, monkeypatch):
     steps = iter(range(3))
-    execute = engine.runner.execute
+    launch = engine.runner.launch
 
     def interrupted(plan):
         if next(steps, None) is None:
             raise KeyboardInterrupt
-        return execute(plan)
+        return launch(plan)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "execute", interrupted)
+        patch.setattr(engine.runner, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             demo_llm.generate(["a", "b"], GREEDY, use_tqdm=False)
     assert not engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
+@pytest.mark.parametrize("how", ["length", "stop token", "stop string", "abort"])
+def test_blocks_are_available_in_the_step_that_ends_a_request(demo_llm, engine, monkeypatch, ahead, how):
+    monkeypatch.setattr(engine.runner, "runs_ahead", ahead)
+    free = demo_llm.generate("Once upon a time", GREEDY, use_tqdm=False)[0]
+    params = {
+        "length": SamplingParams(temperature=0, max_tokens=5, ignore_eos=True),
+        "stop token": SamplingParams(temperature=0, stop_token_ids=[free.outputs[0].token_ids[4]]),
+        "stop string": SamplingParams(temperature=0, stop=free.text[9:13]),
+        "abort": GREEDY,
+    }[how]
+    engine.add_request("other", "The king", SamplingParams(max_tokens=30, ignore_eos=True))
+    engine.add_request("r", "Once upon a time", params)
+    finished = None
+    for _ in range(12):
+        finished = next((o for o in engine.step() if o.request_id == "r" and o.finished), None)
+        if finished or (how == "abort" and (finished := engine.abort_request("r"))):
+            break
+    assert finished.outputs[0].finish_reason == how.split()[0]
+    (other,) = engine.scheduler.running
+    engine.check()
+    blocks = engine.scheduler.block_manager
+    assert engine.scheduler.num_available_blocks == blocks.num_blocks - len(other.block_table)
+    engine.abort_request("other")
+
+
+def test_steps_overlap_again_when_the_last_request_with_penalties_has_ended(engine, monkeypatch):
+    monkeypatch.setattr(engine.runner, "runs_ahead", True)
+    engine.add_request("usual", "Once", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    for params in (SamplingParams(max_tokens=3, presence_penalty=0.5), SamplingParams(max_tokens=3, bad_words=["the"])):
+        for ends_by_itself in (True, False):
+            engine.add_request("penalised", "Once", params)
+            engine.step()
+            assert engine._in_flight is None
+            while ends_by_itself and engine.num_unfinished_requests() == 2:
+                engine.step()
+            engine.abort_request("penalised")
+            engine.step()
+            assert engine._in_flight is not None
+    engine.abort_request("usual")
+
+
+# ---- the queue
+
+
+def start_with_one_seat(**arguments):
+    """An engine with one seat, taken by "running"."""
+    engine = LLMEngine(max_num_seqs=1, **arguments)
+    engine.add_request("running", "Once", GREEDY)
+    engine.step()
+    return engine
+
+
+def abort_all(engine, *request_ids):
+    for request_id in request_ids:
+        engine.abort_request(request_id)
+    assert not engine.has_unfinished_requests()
+    assert_nothing_runs(engine)
+
+
+def test_a_full_queue_refuses_what_comes_next():
+    engine = start_with_one_seat(max_num_queued_requests=2)
+    for name in ("first", "second", "third"):
+        engine.add_request(name, "Once", GREEDY)
+    assert engine.num_unfinished_requests() == 3
+    outputs = {output.request_id: output for output in engine.step()}
+    assert set(outputs) == {"third", "running"}
+    assert outputs["third"].finished
+    assert outputs["third"].metrics.first_scheduled_time is None
+    (refused,) = outputs["third"].outputs
+    assert (refused.finish_reason, refused.token_ids, refused.text) == ("abort", [], "")
+    assert refused.stop_reason == "2 requests are waiting already (max_num_queued_requests)"
+    engine.abort_request("first")
+    engine.add_request("fourth", "Once", GREEDY)
+    assert [output.request_id for output in engine.step()] == ["running"]
+    abort_all(engine, "running", "second", "fourth")
+
+
+def test_who_runs_does_not_count_as_queued_nor_do_the_samples_of_a_request():
+    engine = LLMEngine(max_num_seqs=1, max_num_queued_requests=1)
+    engine.add_request("a", "Once", SamplingParams(n=3, seed=0, max_tokens=2, ignore_eos=True))
+    engine.step()
+    assert engine.stats().num_waiting == 2
+    engine.add_request("b", "Once", GREEDY)
+    assert all(output.request_id == "a" for output in engine.step())
+    abort_all(engine, "a", "b")
+
+
+def test_a_refused_request_is_reported_even_if_nothing_runs():
+    engine = start_with_one_seat(max_num_queued_requests=1)
+    engine.add_request("waiting", "Once", GREEDY)
+    engine.add_request("refused", "Once", GREEDY)
+    engine.abort_request("running")
+    engine.abort_request("waiting")
+    assert engine.has_unfinished_requests()
+    assert [(o.request_id, o.finished) for o in engine.step()] == [("refused", True)]
+    assert not engine.has_unfinished_requests()
+    assert engine.step() == []
+
+
+def test_who_has_waited_too_long_ends_unstarted(monkeypatch):
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(llm_engine, "time", clock)
+    engine = start_with_one_seat(max_queue_time=2.0)
+    engine.add_request("early", "Once", GREEDY)
+    clock.now += 1
+    engine.add_request("late", "Once", GREEDY)
+    clock.now += 1
+    assert [output.request_id for output in engine.step()] == ["running"]
+    clock.now += 0.5
+    outputs = {output.request_id: output for output in engine.step()}
+    assert set(outputs) == {"early", "running"}
+    assert outputs["early"].outputs[0].finish_reason == "abort"
+    assert outputs["early"].outputs[0].stop_reason == "it waited more than 2 s for its first step (max_queue_time)"
+    assert not outputs["running"].finished, "who has started is never overdue"
+    engine.abort_request("running")
+    engine.step()
+    clock.now += 100
+    assert [(o.request_id, o.finished) for o in engine.step()] == [("late", False)]
+    abort_all(engine, "late")
+
+
+def test_priority_decides_who_goes_next_where_the_policy_looks_at_it():
+    for policy, order in (("priority", ["running", "urgent", "usual"]), ("fcfs", ["running", "usual", "urgent"])):
+        engine = start_with_one_seat(policy=policy)
+        engine.add_request("usual", "Once", GREEDY)
+        engine.add_request("urgent", "Once", GREEDY, priority=-1)
+        finished = []
+        while engine.has_unfinished_requests():
+            finished += [output.request_id for output in engine.step() if output.finished]
+        assert finished == order
+
+
+@pytest.mark.parametrize("priority", [1.0, "1", None, True])
+def test_a_priority_is_an_integer(engine, priority):
+    with pytest.raises(ValueError, match=f"priority must be an integer, got {priority!r}"):
+        engine.add_request("r", "a", GREEDY, priority=priority)
+
+
+# ---- the prefix cache
+
+
+def cached_tokens(engine, prompt, params=None):
+    return engine.generate(prompt, params or SamplingParams(temperature=0, max_tokens=1)).num_cached_tokens
+
+
+@pytest.fixture
+def fresh_engine():
+    return LLMEngine(block_size=4, num_kv_blocks=64)
+
+
+def test_outputs_tell_how_much_of_the_prompt_was_cached(fresh_engine):
+    assert [cached_tokens(fresh_engine, LONG) for _ in range(2)] == [0, 28]
+    assert cached_tokens(fresh_engine, [*LONG[:15], 7, *LONG[16:]]) == 12
+    assert cached_tokens(fresh_engine, LONG[:8]) == 4, "one token at least is computed, and blocks are found whole"
+    engine = LLMEngine(enable_prefix_caching=False)
+    assert [cached_tokens(engine, LONG) for _ in range(2)] == [0, 0]
+
+
+def test_the_next_turn_finds_the_answer(fresh_engine):
+    answer = fresh_engine.generate(LONG, GREEDY).outputs[0].token_ids
+    assert cached_tokens(fresh_engine, [*LONG, *answer, 7]) == 40  # of 30 and 12, the last of which was not computed
+
+
+def test_prefixes_are_found_under_the_same_salt_only(fresh_engine):
+    salted = {"prompt_token_ids": LONG, "cache_salt": "a"}
+    assert [cached_tokens(fresh_engine, prompt) for prompt in (LONG, salted, salted, LONG)] == [0, 0, 28, 28]
+    assert cached_tokens(fresh_engine, {**salted, "cache_salt": "b"}) == 0
+    assert cached_tokens(fresh_engine, {**salted, "cache_salt": None}) == 28
+
+
+def test_a_text_prompt_may_have_a_salt(fresh_engine):
+    story = "Once upon a time there was a king who had a daughter"
+    salted = {"prompt": story, "cache_salt": "a"}
+    assert cached_tokens(fresh_engine, story) == cached_tokens(fresh_engine, salted) == 0
+    assert cached_tokens(fresh_engine, salted) > 0
+
+
+def test_reset_prefix_cache_forgets_and_what_runs_goes_on(demo_llm):
+    llm = LLM(block_size=4)
+    engine = llm.llm_engine
+    expected = demo_llm.generate(LONG, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    engine.add_request("running", LONG, GREEDY)
+    engine.step()
+    llm.reset_prefix_cache()
+    assert engine.stats().num_cached_kv_blocks == 7, "what is in use is forgotten when it is used no more"
+    last = run(engine, ("new", LONG, GREEDY))
+    assert last["new"].num_cached_tokens == 0
+    assert last["running"].outputs[0].token_ids == last["new"].outputs[0].token_ids == expected
+    assert cached_tokens(engine, LONG) == 28
+    engine.reset_prefix_cache()
+    assert cached_tokens(engine, LONG) == 0
+
+
+def test_scoring_a_prompt_gives_the_same_with_a_warm_cache(fresh_engine):
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
+    first = fresh_engine.generate(LONG, params)
+    assert cached_tokens(fresh_engine, LONG) == 28
+    again = fresh_engine.generate(LONG, params)
+    assert again.num_cached_tokens == 0
+    assert again.prompt_logprobs == first.prompt_logprobs
+
+
+@pytest.mark.parametrize(("policy", "left"), [("lru", [8, 4, 8]), ("lfu", [12, 0, 8]), ("size", [12, 4, 4])])
+def test_the_policy_says_what_the_cache_forgets(policy, left):
+    """Blocks of three prompts, of 12, 4 and 8, that are left when 4 must go; the first was hit, before the others."""
+    engine = LLMEngine(block_size=4, num_kv_blocks=32, prefix_cache_policy=policy)
+    prompts = [[10 * (i + 1)] * (4 * n + 1) for i, n in enumerate((12, 4, 8))]
+    for prompt in (prompts[0], *prompts):
+        cached_tokens(engine, prompt)
+    cached_tokens(engine, [99] * 45)
+    assert [engine.scheduler.cache.match(prompt, 99).depth for prompt in prompts] == left
+
+
+def test_stats():
+    engine = LLMEngine(block_size=4, num_kv_blocks=20, max_num_seqs=2)
+    stats = engine.stats()
+    assert (stats.num_kv_blocks, stats.num_free_kv_blocks, stats.num_running, stats.num_waiting) == (20, 20, 0, 0)
+    for i in range(3):
+        engine.add_request(str(i), LONG, GREEDY)
+    engine.step()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting) == (2, 1)
+    assert (stats.num_cached_kv_blocks, stats.num_free_kv_blocks) == (7, 20 - 7 - 2)
+    assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (60, 28)
+    while engine.has_unfinished_requests():
+        engine.step()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.prefix_cache_hits) == (0, 0, 56)
+    assert stats.num_free_kv_blocks + stats.num_cached_kv_blocks == 20
+    assert stats.peak_kv_blocks == 7 + 4 + 4
+    assert (stats.num_preemptions, stats.num_host_kv_blocks) == (0, 0)
+
+
+def test_stats_count_preemptions_and_blocks_on_the_host():
+    engine = LLMEngine(block_size=4, num_kv_blocks=20, swap_space=1 << 22)
+    engine.generate([LONG, [*LONG[1:], 5]], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+    stats = engine.stats()
+    assert stats.num_preemptions > 0
+    assert stats.num_host_kv_blocks > 0
+    assert_nothing_runs(engine)
+    assert engine.stats().num_host_kv_blocks == 0
+
+
+def test_stats_without_a_prefix_cache():
+    engine = LLMEngine(enable_prefix_caching=False)
+    engine.generate(LONG, GREEDY)
+    stats = engine.stats()
+    assert (stats.num_cached_kv_blocks, stats.prefix_cache_queries) == (0, 0)
+    assert stats.num_free_kv_blocks == stats.num_kv_blocks
+    engine.reset_prefix_cache()
 
 
 # ---- log probabilities
@@ -263,6 +544,7 @@ def test_prompt_logprobs_survive_preemption_and_n():
     params = SamplingParams(temperature=1.0, seed=0, n=3, max_tokens=20, prompt_logprobs=0, ignore_eos=True)
     engine.add_request("r", "In a dark forest there lived a witch", params)
     seqs = list(engine.scheduler.waiting)
+    assert [seq.sampling_params.prompt_logprobs for seq in seqs] == [0, None, None], "one of them scores it"
     while engine.has_unfinished_requests():
         (output,) = engine.step()[-1:] or (None,)
     assert any(seq.num_preemptions for seq in seqs), "the pool was meant to be too small for all three"
@@ -322,6 +604,10 @@ def test_repetition_penalty_changes_what_is_said(demo_llm):
         ({"prompt_token_ids": "abc"}, "str"),
         (["a", 7], "prompt 1"),
         ("\ud800", "surrogate"),
+        ({"prompt": "a", "cache_salt": ""}, "cache_salt must be a string that is not empty, got ''"),
+        ({"prompt_token_ids": [1], "cache_salt": 3}, "cache_salt must be a string that is not empty, got 3"),
+        ({"cache_salt": "a"}, "a prompt must be"),
+        (["a", {"prompt": "a", "cache_salt": b"x"}], "prompt 1: cache_salt"),
         ([5] * 5000, "5000 tokens"),
     ],
 )
@@ -376,8 +662,8 @@ def test_other_bad_arguments(demo_llm, engine):
 
 
 def test_unknown_arguments_are_named():
-    with pytest.raises(ValueError, match=r"unknown engine argument swap_space, tensor_parallel; known are model"):
-        LLM(tensor_parallel=2, swap_space=4)
+    with pytest.raises(ValueError, match=r"unknown engine argument swap, tensor_parallel; known are model"):
+        LLM(tensor_parallel=2, swap=4)
     with pytest.raises(ValueError, match="device must be one of"):
         LLM(device="tpu")
 
@@ -388,6 +674,7 @@ def test_unknown_arguments_are_named():
         ({"max_model_len": 10**6}, "exceeds the model's"),
         ({"max_model_len": 512, "num_kv_blocks": 4}, r"needs 32 KV blocks.*has 4.*64 tokens"),
         ({"kv_cache_memory": 10}, "hold no KV block"),
+        ({"swap_space": 4}, "swap_space=4 bytes hold no KV block: one of 16 tokens takes"),
     ],
 )
 def test_a_cache_that_cannot_hold_what_was_asked_is_refused_with_figures(arguments, message):

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from mini_vllm import SamplingParams
+from mini_vllm.engine.batch_state import BatchState
 from mini_vllm.engine.sampler import build_sampling_batch
 from mini_vllm.ops.base import BANNED
-from mini_vllm.scheduling.sequence import Sequence
+from mini_vllm.scheduling.scheduler import ScheduledSequence, SchedulerOutput
+from mini_vllm.scheduling.sequence import PENDING, Sequence
 
 
 def make(prompt, output=(), *, seed=0, eos=(), bad_words=(), **params):
@@ -23,6 +25,15 @@ def make(prompt, output=(), *, seed=0, eos=(), bad_words=(), **params):
     return seq
 
 
+def batch_of(*seqs):
+    """The batch of a step in which these sequences, and no others, draw their next token. Their seats run backwards."""
+    for seat, seq in enumerate(reversed(seqs)):
+        seq.seat = seat
+    state = BatchState(len(seqs), max_blocks=1, block_size=16)
+    state.apply(SchedulerOutput(admitted=list(seqs)))
+    return build_sampling_batch([ScheduledSequence(seq, seq.num_tokens - 1, 1, True) for seq in seqs], state)
+
+
 def row(batch, name, i):
     """Row i of a CSR group as {token id: value}."""
     offsets = getattr(batch, f"{name}_offsets")
@@ -33,7 +44,7 @@ def row(batch, name, i):
 
 
 def test_columns_and_dtypes():
-    batch = build_sampling_batch([make([1, 2], [3], seed=2**64 - 1, top_k=5, top_p=0.5), make([1], temperature=0)])
+    batch = batch_of(make([1, 2], [3], seed=2**64 - 1, top_k=5, top_p=0.5), make([1], temperature=0))
     assert batch.temperature.tolist() == [1.0, 0.0]
     assert batch.top_k.tolist() == [5, 0]
     assert batch.top_p.tolist() == [0.5, 1.0]
@@ -65,26 +76,26 @@ def test_columns_and_dtypes():
     ],
 )
 def test_flags_choose_the_kernel(params, random, filters):
-    batch = build_sampling_batch([make([1], **p) for p in params])
+    batch = batch_of(*(make([1], **p) for p in params))
     assert (batch.any_random, batch.any_filter) == (random, filters)
 
 
 def test_groups_nobody_uses_are_absent():
-    batch = build_sampling_batch([make([1])])
+    batch = batch_of(make([1]))
     assert batch.penalty_ids is None
     assert batch.bias_ids is None
     assert batch.allowed_ids is None
 
 
 def test_penalties_count_the_output_and_know_the_prompt():
-    batch = build_sampling_batch([make([1]), make([5, 6, 5], [6, 7, 7], repetition_penalty=1.5)])
+    batch = batch_of(make([1]), make([5, 6, 5], [6, 7, 7], repetition_penalty=1.5))
     assert row(batch, "penalty", 0) == {}
     assert row(batch, "penalty", 1) == {5: 0, 6: 1, 7: 2}
     assert batch.repetition_penalty.tolist() == [1.0, 1.5]
 
 
 def test_allowed_token_ids_are_distinct():
-    batch = build_sampling_batch([make([1], allowed_token_ids=[4, 9, 4]), make([1])])
+    batch = batch_of(make([1], allowed_token_ids=[4, 9, 4]), make([1]))
     assert list(row(batch, "allowed", 0)) == [4, 9]
     assert row(batch, "allowed", 1) == {}
 
@@ -97,7 +108,7 @@ def test_bans_join_the_logit_bias():
         make([1], [2, 4, 5], bad_words=bad_words),
         make([1], [4], bad_words=bad_words),
     ]
-    batch = build_sampling_batch(seqs)
+    batch = batch_of(*seqs)
     assert row(batch, "bias", 0) == {7: 2.5, 8: BANNED, 9: BANNED}
     assert row(batch, "bias", 1) == {8: BANNED}
     assert row(batch, "bias", 2) == {8: BANNED, 6: BANNED}
@@ -107,7 +118,7 @@ def test_bans_join_the_logit_bias():
 def test_min_tokens_bans_what_would_stop():
     def biases(num_output):
         seq = make([1], range(10, 10 + num_output), eos=(2,), stop_token_ids=[5], min_tokens=2)
-        batch = build_sampling_batch([seq])
+        batch = batch_of(seq)
         return {} if batch.bias_ids is None else row(batch, "bias", 0)
 
     assert biases(0) == biases(1) == {2: BANNED, 5: BANNED}
@@ -115,9 +126,37 @@ def test_min_tokens_bans_what_would_stop():
 
 
 def test_legal_extremes_fit_the_columns():
-    batch = build_sampling_batch(
-        [make([1], top_k=2**40, repetition_penalty=1e300), make([1], repetition_penalty=1e-46)]
-    )
+    batch = batch_of(make([1], top_k=2**40, repetition_penalty=1e300), make([1], repetition_penalty=1e-46))
     assert batch.top_k.tolist() == [2**31 - 1, 0]
     assert np.isfinite(batch.repetition_penalty).all()
     assert (batch.repetition_penalty > 0).all()
+
+
+def test_min_tokens_counts_tokens_that_are_still_being_drawn():
+    """They need no token's value, so that such steps may overlap."""
+    seq = make([1], [10, PENDING], eos=(2,), min_tokens=2)
+    seq.num_pending_tokens = 1
+    assert batch_of(seq).bias_ids is None
+    seq = make([1], [PENDING], eos=(2,), min_tokens=2)
+    seq.num_pending_tokens = 1
+    assert row(batch_of(seq), "bias", 0) == {2: BANNED}
+
+
+def test_each_sequence_has_the_columns_of_its_seat_whoever_is_drawn_beside_it():
+    state = BatchState(3, max_blocks=1, block_size=16)
+    seqs = [make([1], seed=10 + i, top_k=i + 1) for i in range(3)]
+    for seat, seq in zip((2, 0, 1), seqs, strict=True):
+        seq.seat = seat
+    state.apply(SchedulerOutput(admitted=seqs[:2]))
+    state.apply(SchedulerOutput(admitted=seqs[2:]))
+    batch = build_sampling_batch([ScheduledSequence(seq, 0, 1, True) for seq in (seqs[2], seqs[0])], state)
+    assert (batch.seeds.tolist(), batch.top_k.tolist()) == ([12, 10], [3, 1])
+
+
+def test_rules_end_with_the_sequence_that_had_them():
+    state = BatchState(1, max_blocks=1, block_size=16)
+    for seq, has_rules in ((make([1], logit_bias={3: 1.0}), True), (make([1]), False)):
+        seq.seat = 0
+        state.apply(SchedulerOutput(admitted=[seq]))
+        batch = build_sampling_batch([ScheduledSequence(seq, 0, 1, True)], state)
+        assert (batch.bias_ids is not None) == state.has_rules[0] == has_rules

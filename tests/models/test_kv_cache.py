@@ -36,3 +36,17 @@ def test_shape_and_bytes(dtype, block_size):
     assert {array.dtype for array in arrays} == {np.dtype(dtype)}
     assert len({array.ctypes.data for array in arrays}) == 6  # no two share memory
     assert sum(array.nbytes for array in arrays) == 5 * KVCache.bytes_per_block(CONFIG, block_size, np.dtype(dtype))
+
+
+def test_blocks_move_between_device_and_host_in_every_layer():
+    ops = NumpyOps(np.float32)
+    kv, host = KVCache(CONFIG, 5, 4, ops), KVCache(CONFIG, 3, 4, ops, on_host=True)
+    rng = np.random.default_rng(0)
+    for array in kv.keys + kv.values:
+        array[:] = rng.random(array.shape, np.float32)
+    before = [array.copy() for array in kv.keys + kv.values]
+    host.copy_blocks_from(kv, np.array([[4, 0], [1, 2]], np.int32), ops)
+    kv.copy_blocks_from(host, np.array([[2, 0], [0, 3]], np.int32), ops)
+    kv.copy_blocks_from(kv, np.array([[4, 2]], np.int32), ops)  # a fork
+    for array, old in zip(kv.keys + kv.values, before, strict=True):
+        np.testing.assert_array_equal(array, old[[1, 1, 4, 4, 4]])

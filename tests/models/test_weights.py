@@ -16,6 +16,7 @@ from mini_vllm.config import ModelConfig
 from mini_vllm.models.decoder import CausalLM
 from mini_vllm.models.weights import INDEX_FILE, Checkpoint, DummyWeights, load_decoder
 from mini_vllm.ops.numpy_ops import NumpyOps
+from mini_vllm.ops.weight import RepeatedBlock
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -444,10 +445,41 @@ def test_dummy_weights_look_like_weights():
     dummy = DummyWeights(0)
     np.testing.assert_array_equal(dummy.tensor("model.norm.weight", (5,)), np.ones(5))
     np.testing.assert_array_equal(dummy.tensor("self_attn.q_norm.weight", (5,)), np.ones(5))
-    big = dummy.tensor("model.embed_tokens.weight", (1100, 1000))  # longer than the block that is repeated
-    assert big.shape == (1100, 1000)
+    # Longer than the block that is repeated.
+    big = np.asarray(dummy.tensor("model.embed_tokens.weight", (1100, 1024)))
+    assert big.shape == (1100, 1024)
     assert abs(float(big.std()) - 0.02) < 1e-4
     assert abs(float(big.mean())) < 1e-4
+    assert len(np.unique(big[:, :8], axis=0)) == len(big)
+
+
+@pytest.mark.parametrize(
+    ("shape", "start"), [((3,), 0), ((4, 5), 15), ((7,), 10), ((17,), 0), ((9, 13), 16), ((400,), 3)]
+)
+def test_a_repeated_block_is_what_its_copies_make(shape, start):
+    """What a GPU does with `copies`, in NumPy: each reads only what is there, and together they fill the tensor."""
+    part = RepeatedBlock(np.arange(17, dtype=np.float32), start, shape)
+    expected = np.asarray(part)
+    assert expected.shape == shape
+    assert expected.reshape(-1).tolist() == [(start + i) % 17 for i in range(expected.size)]
+    out = np.full(expected.size, np.nan, np.float32)
+    copies = list(part.copies())
+    for to, from_block, offset, count in copies:
+        source = (part.block if from_block else out)[offset : offset + count].copy()
+        assert len(source) == count
+        assert not np.isnan(source).any()
+        out[to : to + count] = source
+    np.testing.assert_array_equal(out, expected.reshape(-1))
+    assert sum(count for *_, count in copies) == expected.size
+    assert len(copies) < 10
+
+
+def test_a_backend_takes_repeated_blocks_among_arrays():
+    part = RepeatedBlock(np.arange(5, dtype=np.float32), 2, (2, 3))
+    for dtype in DTYPES.values():
+        weight = NumpyOps(dtype).load_weight([part, np.ones((1, 3), np.float32)])
+        assert weight.dtype == dtype
+        assert weight.astype(np.float32).tolist() == [[2, 3, 4], [0, 1, 2], [1, 1, 1]]
 
 
 def test_dummy_model_needs_no_files():

@@ -70,6 +70,9 @@ def test_embedding(dtype):
     assert out.dtype == dtype
     for row, token in enumerate(ids):
         np.testing.assert_array_equal(out[row], table[token])
+    previous = np.array([7, 9], np.int32)
+    pending = NumpyOps(dtype).embedding(np.array([3, -1, -2], np.int32), table, previous)
+    np.testing.assert_array_equal(pending, table[[3, 7, 9]])
 
 
 @each_dtype
@@ -312,6 +315,56 @@ def test_attention_survives_large_scores():
     case = Paged([3, 1], [3, 5], 4, 2, 2, 8, DTYPES[0])
     case.q *= 100
     case.check(1.0, None)
+
+
+# ---- compositions -----------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_add_norm_linear_and_swiglu(dtype, with_residual):
+    """By the formulas, rounded wherever the single ops round."""
+    ops, rows, inputs, outputs = NumpyOps(dtype), 5, 111, 58
+    x, residual, norm_weight = (random(i, shape, dtype) for i, shape in enumerate([(rows, inputs)] * 2 + [(inputs,)]))
+    w, b = random(3, (outputs, inputs), dtype), random(4, (outputs,), dtype)
+    total = (f64(x) + f64(residual)).astype(dtype) if with_residual else x
+    normed = f64(ops.rms_norm(total, norm_weight, 0.1))
+    expected, magnitude = normed @ f64(w).T + f64(b), np.abs(normed) @ np.abs(f64(w)).T + np.abs(f64(b))
+    arguments = x, residual if with_residual else None, norm_weight, 0.1, DenseWeight(w, b)
+
+    got, new_residual = ops.add_norm_linear(*arguments)
+    np.testing.assert_array_equal(new_residual, total)
+    assert_close(got, expected, (inputs + 1) * U32 * magnitude, dtype)
+
+    gate, up = np.split(f64(got), 2, axis=1)
+    gated, new_residual = ops.add_norm_swiglu(*arguments)
+    np.testing.assert_array_equal(new_residual, total)
+    expected = gate / (1 + np.exp(-gate)) * up
+    assert_close(gated, expected, 8 * U32 * np.abs(expected), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("window", [None, 4])
+def test_rope_attention_sees_the_keys_that_it_writes(dtype, window):
+    case = Paged([1, 3, 1], [9, 6, 17], 4, heads=4, kv_heads=2, head_dim=8, dtype=dtype)
+    # Each token's slot, so that it overwrites the key and value that the case has put there.
+    lens = enumerate(zip(case.query_lens, case.seq_lens, strict=True))
+    rows = [(i, p) for i, (query_len, seq_len) in lens for p in range(seq_len - query_len, seq_len)]
+    slots = np.array([case.block_tables[i, p // 4] * 4 + p % 4 for i, p in rows], np.int32)
+    positions = np.array([p for _, p in rows], np.int32)
+    qkv, q_norm, k_norm = random(1, (len(rows), 64), dtype), random(2, (8,), dtype), random(3, (8,), dtype)
+    rope = positions, rope_table(8, 20), q_norm, k_norm, 0.1
+    meta = replace(case.meta, slot_mapping=slots)
+    ops, k_cache, v_cache = NumpyOps(dtype), case.k_cache.copy(), case.v_cache.copy()
+
+    got = ops.rope_attention(qkv, *rope, k_cache, v_cache, meta, 0.35, window)
+    case.q = ops.rope_store_kv(qkv, *rope, case.k_cache, case.v_cache, slots)
+    assert k_cache.tobytes() == case.k_cache.tobytes()  # NaN in slots of no key included
+    assert v_cache.tobytes() == case.v_cache.tobytes()
+    for (i, p), slot in zip(rows, slots, strict=True):  # what `check` takes for the keys and values
+        case.keys[i][p], case.values[i][p] = k_cache.reshape(-1, 2, 8)[slot], v_cache.reshape(-1, 2, 8)[slot]
+    case.check(0.35, window)
+    np.testing.assert_array_equal(got, ops.attention(case.q, k_cache, v_cache, meta, 0.35, window))
 
 
 # ---- sampling ---------------------------------------------------------------------------------------------

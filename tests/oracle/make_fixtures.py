@@ -12,7 +12,9 @@ and `expected.npz`, computed in float32 with eager attention from the saved weig
     greedy       [P, N]    int64    the greedy continuations
     margins      [P, N]    float32  top-1 minus top-2 logit at each greedy step
 
-Some also hold `config_v4.json`: the same config as transformers 4 would spell it.
+Some also hold `config_v4.json`, the same config as transformers 4 would spell it, and `beams.json`, a list of beam
+searches: {"prompt": index, "beam_width", "max_tokens", "length_penalty", "eos_token_id": id or null, "outputs": the
+new tokens of each sequence, best first, "scores": their scores}.
 
 A fixture is only worth something if a wrong engine fails it. So each variant lists `contrasts`, configs that
 an engine with a bug would in effect run, and this script refuses a variant whose logits they do not move.
@@ -48,6 +50,15 @@ BASE = {
     "eos_token_id": None,
 }
 TRAINED_LEN = 32  # `original_max_position_embeddings` of the scaled RoPEs; the longest prompt is twice that
+
+
+BEAM_VARIANTS = ("qwen3", "llama", "mistral_window")
+BEAM_SEARCHES = (  # beam_width, max_tokens, length_penalty, whether a token of the first of them serves as EOS
+    (4, 12, 1.0, False),
+    (4, 12, 1.0, True),
+    (3, 20, 0.0, True),
+    (5, 20, 2.0, True),
+)
 
 
 @dataclass(frozen=True)
@@ -236,6 +247,48 @@ def greedy(model: torch.nn.Module, token_ids: np.ndarray) -> np.ndarray:
     return out[0, len(token_ids) :].numpy()
 
 
+@torch.no_grad()
+def beam_searches(model: torch.nn.Module, prompts: list[np.ndarray]) -> list[dict]:
+    """All BEAM_SEARCHES of all prompts by `generate`."""
+    found = []
+    for index, prompt in enumerate(prompts):
+        frequent = None
+        for beam_width, max_tokens, length_penalty, has_eos in BEAM_SEARCHES:
+            ids = torch.from_numpy(prompt)[None]
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                num_beams=beam_width,
+                num_return_sequences=beam_width,
+                max_new_tokens=max_tokens,
+                length_penalty=length_penalty,
+                early_stopping=False,
+                eos_token_id=frequent if has_eos else None,
+                pad_token_id=BASE["vocab_size"] - 1,
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+            outputs = out.sequences[:, len(prompt) :].tolist()
+            if has_eos:  # behind EOS there is padding
+                outputs = [row[: row.index(frequent) + 1] if frequent in row else row for row in outputs]
+            else:
+                frequent = outputs[0][max_tokens // 2]
+            found.append(
+                {
+                    "prompt": index,
+                    "beam_width": beam_width,
+                    "max_tokens": max_tokens,
+                    "length_penalty": length_penalty,
+                    "eos_token_id": frequent if has_eos else None,
+                    "outputs": outputs,
+                    "scores": [round(score, 6) for score in out.sequences_scores.tolist()],
+                }
+            )
+    assert any(len(output) < search["max_tokens"] for search in found for output in search["outputs"])
+    return found
+
+
 def draw_prompt(model: torch.nn.Module, length: int, seed: int) -> tuple[np.ndarray, ...]:
     """The first random prompt whose continuation is varied and never close to a tie.
 
@@ -296,6 +349,9 @@ def make_fixture(name: str, directory: Path) -> None:
         greedy=np.stack(tokens),
         margins=np.stack(margins),
     )
+
+    if name in BEAM_VARIANTS:
+        (directory / "beams.json").write_text(json.dumps(beam_searches(model, prompts)) + "\n")
 
     for changes in variant.contrasts:
         difference = max_difference(load(directory, build_config(variant, changes)), prompts, logits)

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mini_vllm import LLM, SamplingParams
+from mini_vllm import LLM, BeamSearchParams, SamplingParams
 
 MAKE_FIXTURES = Path(__file__).with_name("make_fixtures.py")
 FIXTURES = sorted(path.parent for path in Path(__file__).with_name("fixtures").glob("*/config.json"))
+BEAM_FIXTURES = [directory for directory in FIXTURES if (directory / "beams.json").exists()]
 V4_FIXTURES = [directory for directory in FIXTURES if (directory / "config_v4.json").exists()]
 assert FIXTURES, "tests/oracle/fixtures is empty"
 assert V4_FIXTURES, "no fixture has a config_v4.json"
@@ -133,6 +134,41 @@ def test_greedy_in_a_batch(directory, device, dtype, settings):
     expected = Expected.load(directory)
     llm = open_llm(directory, device, dtype, **settings)
     check_greedy(llm, list(range(len(expected.prompts))), expected, tolerance(directory, dtype))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="alone"),
+        pytest.param({"enable_prefix_caching": False, "block_size": 3}, id="forks only"),
+        pytest.param({"num_kv_blocks": 12, "max_num_seqs": 5, "max_num_batched_tokens": 9}, id="under pressure"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("directory", BEAM_FIXTURES, ids=lambda directory: directory.name)
+def test_beam_search(directory, device, settings):
+    """The same continuations in the same order as transformers, one prompt at a time and all in one batch."""
+    prompts = Expected.load(directory).prompts
+    engine = open_llm(directory, device, **settings).llm_engine
+    searches = json.loads((directory / "beams.json").read_text())
+    batches = {}
+    for search in searches:
+        names = ("beam_width", "max_tokens", "length_penalty")
+        batches.setdefault((search["eos_token_id"], *(search[name] for name in names)), []).append(search)
+    atol = tolerance(directory, "float32")
+    for (eos, beam_width, max_tokens, length_penalty), batch in batches.items():
+        engine.eos_token_ids = frozenset(() if eos is None else [eos])
+        params = BeamSearchParams(beam_width, max_tokens, length_penalty=length_penalty)
+        outputs = engine.beam_search([prompts[search["prompt"]] for search in batch], params)
+        engine.check()
+        for search, output in zip(batch, outputs, strict=True):
+            prompt = prompts[search["prompt"]]
+            assert [s.tokens[len(prompt) :] for s in output.sequences] == search["outputs"]
+            # A score is a sum of up to max_tokens log probabilities, perhaps undivided.
+            scores = [s.score for s in output.sequences]
+            np.testing.assert_allclose(scores, search["scores"], rtol=0, atol=max_tokens * atol)
+            assert all((s.finish_reason == "stop") == (s.tokens[-1] == eos) for s in output.sequences)
+    assert engine.scheduler.num_available_blocks == engine.scheduler.block_manager.num_blocks
 
 
 @pytest.mark.parametrize("directory", V4_FIXTURES, ids=lambda directory: directory.name)

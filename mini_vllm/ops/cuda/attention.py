@@ -17,8 +17,9 @@ import cupy
 import numpy as np
 
 from mini_vllm.ops.base import Array, AttentionMetadata
+from mini_vllm.ops.cuda import fused_gemv
 from mini_vllm.ops.cuda.device import DeviceInfo
-from mini_vllm.ops.cuda.elementwise import HEAD_DIMS
+from mini_vllm.ops.cuda.elementwise import HEAD_DIMS, check_rope
 from mini_vllm.ops.cuda.kernel import DTYPES, Kernel, type_name
 
 MAX_HEAD_DIM = 256
@@ -30,8 +31,8 @@ ROW_PADDING = 8  # elements behind each row in shared memory
 
 
 @functools.cache
-def _kernel(file: str, name: str) -> Kernel:
-    return Kernel(file, name, pdl=True)
+def _kernel(file: str, name: str, prefers_shared_memory: bool = False) -> Kernel:
+    return Kernel(file, name, pdl=True, prefers_shared_memory=prefers_shared_memory)
 
 
 # ---- what each kernel is told by its template arguments, or knows by its constants --------------------------------
@@ -132,6 +133,39 @@ class DecodeTile:
         return _kernel("paged_attention.cu", name)
 
 
+@dataclass(frozen=True)
+class ClusterTile:
+    """The shape of decode_attention: a cluster of blocks for each sequence and KV head."""
+
+    blocks: int
+    warps: int  # of a block
+    stages: int  # tiles of 16 keys in shared memory, for each warp
+
+    MAX_HEAD_DIM = 128
+    MAX_GROUP_SIZE = 8
+
+    @staticmethod
+    def of(num_sequences: int, num_kv_heads: int) -> ClusterTile | None:
+        """The best shape for a batch; None where paged_attention is faster."""
+        tiles = FEW_SEQUENCES if num_sequences <= fused_gemv.MAX_ROWS else MORE_SEQUENCES
+        return next((tile for most, tile in tiles.items() if num_sequences * num_kv_heads <= most), None)
+
+    def shared_memory(self, head_dim: int, group_size: int, itemsize: int) -> int:
+        tiles = self.warps * self.stages * 2 * 16 * (head_dim + ROW_PADDING) * itemsize
+        results = self.blocks * (64 + group_size * (head_dim + 4) * 4) if self.blocks > 1 else 0
+        return tiles + results
+
+    def kernel(self, dtype: np.dtype, head_dim: int) -> Kernel:
+        name = f"decode_attention<{type_name(dtype)}, {head_dim}, {self.blocks}, {self.warps}, {self.stages}>"
+        beside_fused_gemv = self in FEW_SEQUENCES.values()
+        return _kernel("decode_attention.cu", name, beside_fused_gemv)
+
+
+FEW_SEQUENCES = {16: ClusterTile(8, 8, 1), 32: ClusterTile(8, 4, 1), 64: ClusterTile(4, 8, 1)}
+MORE_SEQUENCES = {64: ClusterTile(4, 4, 2)}
+"""By the number of sequences times KV heads up to which they serve: beside fused_gemv.cu, and beside other products."""
+
+
 def _plain_kernel(dtype: np.dtype, head_dim: int) -> Kernel:
     return _kernel("flash_attention.cu", f"plain_attention<{type_name(dtype)}, {-(-head_dim // 32)}>")
 
@@ -169,6 +203,9 @@ def instances(
             if compute_capability in (HOPPER, None):
                 kernels.append(HopperTile.kernel(dtype, head_dim))
             kernels += [DecodeTile.of(head_dim, group_size).kernel(dtype, head_dim) for group_size in (8, 16)]
+            if head_dim <= ClusterTile.MAX_HEAD_DIM and (compute_capability is None or compute_capability >= HOPPER):
+                tiles = (*FEW_SEQUENCES.values(), *MORE_SEQUENCES.values())
+                kernels += [tile.kernel(dtype, head_dim) for tile in tiles]
     return list(dict.fromkeys(kernels))
 
 
@@ -236,13 +273,57 @@ class Attention:
             args, shared = (*arrays, *sizes, *rules), tile.shared_memory(head_dim, dtype.itemsize)
             tile.kernel(dtype, head_dim)((num_tiles * num_kv_heads,), (THREADS,), args, shared)
 
-        if meta.max_seqlen_q <= 1 or num_sequences > 1:
+        if meta.max_seqlen_q <= 1 or num_sequences > 1 or num_tokens == 1:
             tile = DecodeTile.of(head_dim, group_size)
             blocks = tile.blocks(head_dim, dtype.itemsize, self._info)
             few_blocks = np.int32(min(blocks, DecodeTile.FEW_BLOCKS_PER_SM * self._info.num_sms))
             args = (*arrays, self._partials, self._arrivals, few_blocks, *sizes, *rules)
             shared = tile.shared_memory(head_dim, dtype.itemsize)
             tile.kernel(dtype, head_dim)((blocks,), (tile.threads,), args, shared)
+        return out
+
+    def with_rope(
+        self,
+        qkv: Array,
+        positions: Array,
+        rope_table: Array,
+        q_norm: Array | None,
+        k_norm: Array | None,
+        eps: float,
+        k_cache: Array,
+        v_cache: Array,
+        meta: AttentionMetadata,
+        scale: float,
+        window: int | None = None,
+    ) -> Array | None:
+        """`Ops.rope_attention` in one launch, for decode steps of few sequences; None for all others."""
+        num_tokens, width = qkv.shape
+        block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+        num_q_heads = width // head_dim - 2 * num_kv_heads
+        group_size = num_q_heads // num_kv_heads
+        tile = ClusterTile.of(num_tokens, num_kv_heads)
+        if not (
+            tile is not None
+            and tile.shared_memory(head_dim, group_size, qkv.itemsize) + 4096 <= self._info.max_shared_memory
+            and self._info.compute_capability >= HOPPER
+            and _uses_tensor_cores(qkv.dtype, head_dim)
+            and head_dim <= ClusterTile.MAX_HEAD_DIM
+            and group_size <= ClusterTile.MAX_GROUP_SIZE
+            and meta.max_seqlen_q == 1
+            and 0 < num_tokens == len(meta.seq_lens)
+        ):
+            return None
+        check_rope(qkv, positions, rope_table, q_norm, k_norm, k_cache, v_cache, meta.slot_mapping)
+        self._check(qkv.reshape(num_tokens, -1, head_dim)[:, :num_q_heads], k_cache, v_cache, meta, scale, window)
+        out = cupy.empty((num_tokens, num_q_heads * head_dim), qkv.dtype)
+        sizes = tuple(map(np.int32, (meta.block_tables.shape[1], block_size, num_kv_heads, group_size)))
+        args = (
+            out, qkv, k_cache, v_cache, rope_table, q_norm, k_norm, positions, meta.slot_mapping, meta.seq_lens,
+            meta.block_tables, *sizes, np.float32(eps), np.float32(scale),
+            np.int32(NO_WINDOW if window is None else min(window, NO_WINDOW)),
+        )  # fmt: skip
+        shared = tile.shared_memory(head_dim, group_size, qkv.itemsize)
+        tile.kernel(qkv.dtype, head_dim)((tile.blocks, num_kv_heads, num_tokens), (32 * tile.warps,), args, shared)
         return out
 
     @staticmethod

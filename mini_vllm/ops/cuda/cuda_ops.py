@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 import cupy
 import numpy as np
 
-from mini_vllm.ops.base import Array, AttentionMetadata, SamplingBatch, TokenLogprobs
+from mini_vllm.ops.base import Array, AttentionMetadata, Compositions, SamplingBatch, TokenLogprobs
 from mini_vllm.ops.cuda import attention, elementwise, gemm, require_cuda, sampling
-from mini_vllm.ops.cuda.device import DeviceInfo, PinnedStaging, WeightUpload
+from mini_vllm.ops.cuda.device import DeviceInfo, Download, PinnedStaging, WeightUpload, pinned_zeros
 from mini_vllm.ops.cuda.kernel import DTYPES, Kernel, compile_all, type_name
 from mini_vllm.ops.weight import Weight
 
@@ -31,7 +31,7 @@ def instances(dtypes: Iterable[np.dtype] = DTYPES, head_dims: Iterable[int] = el
     ]
 
 
-class CudaOps:
+class CudaOps(Compositions):
     """`Ops` on the current CUDA device. See `Ops` for what each method means. For one thread.
 
     Raises:
@@ -49,7 +49,7 @@ class CudaOps:
         self._staging = PinnedStaging()
         self._weight_upload: WeightUpload | None = None  # made for the first weight, dropped by finish_loading
         self._attention = attention.Attention(self.info)
-        self._gemm = gemm.Gemm()
+        self._gemm = gemm.Gemm(self.info)
         self._sampler = sampling.CudaSampler(self.info)
 
     def prepare(self, head_dim: int) -> float:
@@ -58,6 +58,10 @@ class CudaOps:
         Returns the seconds of compiling; 0.0 if all kernels were in the cache.
         """
         return compile_all(instances([self.dtype], [head_dim]))
+
+    def tune(self, rows: Sequence[int], weights: Sequence[Weight], head: Weight) -> None:
+        """Measure the best way to multiply so many rows with each of these weights; see `Gemm.tune`."""
+        self._gemm.tune(rows, weights, head)
 
     # ---- memory -------------------------------------------------------------------------------------------
 
@@ -72,6 +76,9 @@ class CudaOps:
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         return cupy.zeros(shape, dtype)
 
+    def host_zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        return pinned_zeros(shape, dtype)
+
     def load_weight(self, parts: Sequence[np.ndarray]) -> Array:
         if self._weight_upload is None:
             self._weight_upload = WeightUpload()
@@ -82,14 +89,19 @@ class CudaOps:
         self.synchronize()
         self._weight_upload = None
 
+    @staticmethod
+    def make_download(size: int, dtype: np.dtype | type) -> Download:
+        """For results that the host fetches step by step, without stopping the device."""
+        return Download(size, dtype)
+
     def synchronize(self) -> None:
         """Wait for all that the current stream has to do."""
         cupy.cuda.get_current_stream().synchronize()
 
     # ---- transformer --------------------------------------------------------------------------------------
 
-    def embedding(self, ids: Array, table: Array) -> Array:
-        return elementwise.embedding(ids, table)
+    def embedding(self, ids: Array, table: Array, previous: Array | None = None) -> Array:
+        return elementwise.embedding(ids, table, previous)
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         return elementwise.rms_norm(x, weight, eps)
@@ -125,10 +137,43 @@ class CudaOps:
     def store_kv(self, k: Array, v: Array, k_cache: Array, v_cache: Array, slot_mapping: Array) -> None:
         elementwise.store_kv(k, v, k_cache, v_cache, slot_mapping)
 
-    def copy_blocks(self, k_cache: Array, v_cache: Array, pairs: Array) -> None:
-        elementwise.copy_blocks(k_cache, v_cache, pairs)
+    def copy_blocks(self, k_source: Array, v_source: Array, k_target: Array, v_target: Array, pairs: Array) -> None:
+        elementwise.copy_blocks(k_source, v_source, k_target, v_target, pairs)
+
+    def add_norm_linear(
+        self, x: Array, residual: Array | None, norm_weight: Array, eps: float, weight: Weight
+    ) -> tuple[Array, Array]:
+        fused = self._gemm.norm_linear(x, gemm.Norm(norm_weight, eps, residual), weight)
+        return fused or super().add_norm_linear(x, residual, norm_weight, eps, weight)
+
+    def add_norm_swiglu(
+        self, x: Array, residual: Array | None, norm_weight: Array, eps: float, gate_up: Weight
+    ) -> tuple[Array, Array]:
+        norm = gemm.Norm(norm_weight, eps, residual)
+        fused = self._gemm.norm_linear(x, norm, gate_up, swiglu=True)
+        return fused or super().add_norm_swiglu(x, residual, norm_weight, eps, gate_up)
 
     # ---- attention ----------------------------------------------------------------------------------------
+
+    def rope_attention(
+        self,
+        qkv: Array,
+        positions: Array,
+        rope_table: Array,
+        q_norm: Array | None,
+        k_norm: Array | None,
+        eps: float,
+        k_cache: Array,
+        v_cache: Array,
+        meta: AttentionMetadata,
+        scale: float,
+        window: int | None = None,
+    ) -> Array:
+        rope = positions, rope_table, q_norm, k_norm, eps
+        fused = self._attention.with_rope(qkv, *rope, k_cache, v_cache, meta, scale, window)
+        if fused is None:
+            return super().rope_attention(qkv, *rope, k_cache, v_cache, meta, scale, window)
+        return fused
 
     def attention(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import cupy
@@ -12,6 +13,7 @@ import numpy as np
 from cupy.cuda import runtime
 
 from mini_vllm.ops.cuda.kernel import Kernel
+from mini_vllm.ops.weight import RepeatedBlock
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,16 @@ class DeviceInfo:
 def memory_info() -> tuple[int, int]:
     """(free, total) bytes of the current GPU; what CuPy's pools keep for later counts as used."""
     return runtime.memGetInfo()
+
+
+def nvtx_push(name: str) -> None:
+    """Open a named range that NVIDIA's profilers show, on this thread."""
+    cupy.cuda.nvtx.RangePush(name)
+
+
+def nvtx_pop() -> None:
+    """Close the range opened last."""
+    cupy.cuda.nvtx.RangePop()
 
 
 def free_cached_memory() -> None:
@@ -177,11 +189,20 @@ class GPUBuffer:
         data: the CuPy array.
         host: the pinned NumPy array of the same shape and dtype. Between a copy and the next synchronisation it
             belongs to the GPU.
+        hosts: all such twins, of which `host` is one; `flip` makes the next one `host`, so that it can be filled
+            while copies of the last one are still under way.
     """
 
-    def __init__(self, shape: int | tuple[int, ...], dtype: np.dtype | type) -> None:
+    def __init__(self, shape: int | tuple[int, ...], dtype: np.dtype | type, num_hosts: int = 1) -> None:
         self.data = cupy.empty(shape, dtype)
-        self.host = cupyx.empty_pinned(shape, dtype)
+        self.hosts = [cupyx.empty_pinned(shape, dtype) for _ in range(num_hosts)]
+        self.host = self.hosts[0]
+
+    def flip(self) -> int:
+        """Go on to the next of `hosts`; returns its index."""
+        index = (next(i for i, host in enumerate(self.hosts) if host is self.host) + 1) % len(self.hosts)
+        self.host = self.hosts[index]
+        return index
 
     @property
     def size(self) -> int:
@@ -216,6 +237,44 @@ class GPUBuffer:
     def _copy(self, target: int, source: int, kind: int, count: int | None) -> None:
         num_bytes = (self.size if count is None else count) * self.data.itemsize
         runtime.memcpyAsync(target, source, num_bytes, kind, cupy.cuda.get_current_stream().ptr)
+
+
+def pinned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> cupy.ndarray:
+    """Zeros in pinned host memory as a CuPy array: kernels read and write them over the bus, at its speed."""
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    # Not from CuPy's pool of pinned memory, which would take the next power of two.
+    host = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(num_bytes), 0)
+    np.frombuffer(host, np.uint8, num_bytes)[:] = 0
+    device = cupy.cuda.Device().id  # asking the driver for it would fail for memory that is not a device's
+    memory = cupy.cuda.UnownedMemory(host.ptr, num_bytes, host, device)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
+class Download:
+    """Asynchronous copies of the first elements of a device array to the host, for one thread.
+
+    Two pinned buffers take turns, so a copy may be read until the one after the next is started.
+    """
+
+    def __init__(self, size: int, dtype: np.dtype | type) -> None:
+        self._hosts = [cupyx.empty_pinned(size, dtype) for _ in range(2)]
+        self._done = [cupy.cuda.Event(block=False, disable_timing=True) for _ in range(2)]
+        self._next = 0
+
+    def start(self, data: cupy.ndarray, count: int) -> Callable[[], np.ndarray]:
+        """Enqueue a copy of data[:count] on the current stream. The result waits for it and returns it."""
+        host, done = self._hosts[self._next], self._done[self._next]
+        self._next = 1 - self._next
+        stream = cupy.cuda.get_current_stream()
+        num_bytes = count * data.itemsize
+        runtime.memcpyAsync(host.ctypes.data, data.data.ptr, num_bytes, runtime.memcpyDeviceToHost, stream.ptr)
+        done.record(stream)
+
+        def wait() -> np.ndarray:
+            done.synchronize()
+            return host[:count]
+
+        return wait
 
 
 class PinnedStaging:
@@ -273,13 +332,17 @@ class WeightUpload:
         self._ring = [cupyx.empty_pinned(num_bytes, np.uint8) for _ in range(2)]
         self._done = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self._next = 0
+        self._block: tuple[np.ndarray, cupy.ndarray] | None = None  # a RepeatedBlock's: on the host, on the device
 
-    def upload(self, parts: Sequence[np.ndarray], dtype: np.dtype) -> cupy.ndarray:
+    def upload(self, parts: Sequence[np.ndarray | RepeatedBlock], dtype: np.dtype) -> cupy.ndarray:
         """The parts, stacked along their first axis, on the device in `dtype`."""
         out = cupy.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype)
         target = out.data.ptr
         stream = cupy.cuda.get_current_stream()
         for part in parts:
+            if isinstance(part, RepeatedBlock):
+                target += self._repeat(target, part, dtype)
+                continue
             flat = part.reshape(-1)
             chunk = self._ring[0].nbytes // dtype.itemsize
             for start in range(0, flat.size, chunk):
@@ -292,3 +355,15 @@ class WeightUpload:
                 self._next = 1 - self._next
                 target += staged.nbytes
         return out
+
+    def _repeat(self, target: int, part: RepeatedBlock, dtype: np.dtype) -> int:
+        """Write a repeated block to this address by copies on the device. Returns its bytes."""
+        if self._block is None or self._block[0] is not part.block or self._block[1].dtype != dtype:
+            self._block = part.block, self.upload([part.block], dtype)
+        stream, block = cupy.cuda.get_current_stream().ptr, self._block[1].data.ptr
+        itemsize, num_bytes = dtype.itemsize, 0
+        for to, from_block, offset, count in part.copies():
+            source = (block if from_block else target) + offset * itemsize
+            runtime.memcpyAsync(target + to * itemsize, source, count * itemsize, runtime.memcpyDeviceToDevice, stream)
+            num_bytes += count * itemsize
+        return num_bytes

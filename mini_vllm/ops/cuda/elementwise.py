@@ -126,14 +126,14 @@ def silu_and_mul(gate_up: Array) -> Array:
     return out
 
 
-def embedding(ids: Array, table: Array) -> Array:
-    """`Ops.embedding`; ids [T] int32, each below the table's length."""
+def embedding(ids: Array, table: Array, previous: Array | None = None) -> Array:
+    """`Ops.embedding`; ids [T] int32, each below the table's length, previous int32."""
     hidden_size = table.shape[1]
     out = cupy.empty((len(ids), hidden_size), table.dtype)
     size = _vector_size(hidden_size, table, out)
     threads = min(_round_up(-(-hidden_size // size), WARP), 256)
     kernel = _kernel("embedding.cu", f"embedding<{type_name(table.dtype)}, {size}>")
-    kernel((len(ids),), (threads,), (ids, table, out, np.int32(hidden_size)))
+    kernel((len(ids),), (threads,), (ids, previous, table, out, np.int32(hidden_size)))
     return out
 
 
@@ -152,6 +152,39 @@ def _rope_threads(num_heads: int, head_dim: int, itemsize: int, many_tokens: boo
     return 64 if many_tokens else min(_round_up(num_heads * lanes, WARP), 512)
 
 
+def check_rope(
+    qkv: Array,
+    positions: Array,
+    rope_table: Array,
+    q_norm: Array | None,
+    k_norm: Array | None,
+    k_cache: Array,
+    v_cache: Array,
+    slot_mapping: Array,
+) -> None:
+    """Refuse arguments of `Ops.rope_store_kv` that do not fit together with a ValueError."""
+    num_tokens, width = qkv.shape
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    if head_dim % 2 or head_dim > 256:
+        raise ValueError(f"rope_store_kv: head_dim is {head_dim}; it must be even and at most 256")
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("rope_store_kv: q_norm and k_norm must both be given, or neither")
+    if not (
+        width % head_dim == 0
+        and width // head_dim > 2 * num_kv_heads
+        and v_cache.shape == k_cache.shape
+        and rope_table.shape[1] == head_dim
+        and positions.shape == slot_mapping.shape == (num_tokens,)
+        and (q_norm is None or q_norm.shape == k_norm.shape == (head_dim,))
+    ):
+        raise ValueError(
+            f"rope_store_kv: shapes do not fit: qkv {qkv.shape}, positions {positions.shape}, rope_table "
+            f"{rope_table.shape}, k_cache {k_cache.shape}, v_cache {v_cache.shape}, slot_mapping {slot_mapping.shape}"
+        )
+    if not _aligned(qkv, k_cache, v_cache, rope_table):
+        raise ValueError("rope_store_kv: arrays must start at a multiple of 16 bytes")
+
+
 def rope_store_kv(
     qkv: Array,
     positions: Array,
@@ -164,27 +197,11 @@ def rope_store_kv(
     slot_mapping: Array,
 ) -> Array:
     """`Ops.rope_store_kv`; head sizes are even and at most 256."""
+    check_rope(qkv, positions, rope_table, q_norm, k_norm, k_cache, v_cache, slot_mapping)
     num_tokens, width = qkv.shape
     num_kv_heads, head_dim = k_cache.shape[2:]
     num_heads = width // head_dim
     num_q_heads = num_heads - 2 * num_kv_heads
-    if head_dim % 2 or head_dim > 256:
-        raise ValueError(f"rope_store_kv: head_dim is {head_dim}; it must be even and at most 256")
-    if not (
-        width == num_heads * head_dim
-        and num_q_heads > 0
-        and v_cache.shape == k_cache.shape
-        and rope_table.shape[1] == head_dim
-        and positions.shape == slot_mapping.shape == (num_tokens,)
-        and (q_norm is None or q_norm.shape == (head_dim,))
-        and (k_norm is None or k_norm.shape == (head_dim,))
-    ):
-        raise ValueError(
-            f"rope_store_kv: shapes do not fit: qkv {qkv.shape}, positions {positions.shape}, rope_table "
-            f"{rope_table.shape}, k_cache {k_cache.shape}, v_cache {v_cache.shape}, slot_mapping {slot_mapping.shape}"
-        )
-    if not _aligned(qkv, k_cache, v_cache, rope_table):
-        raise ValueError("rope_store_kv: arrays must start at a multiple of 16 bytes")
     q = cupy.empty((num_tokens, num_q_heads, head_dim), qkv.dtype)
     kernel = _kernel("rope.cu", f"rope_store_kv<{type_name(qkv.dtype)}, {head_dim}>")
     args = (
@@ -220,13 +237,12 @@ def store_kv(k: Array, v: Array, k_cache: Array, v_cache: Array, slot_mapping: A
     kernel((len(k), 2), (threads,), (k, v, k_cache, v_cache, slot_mapping, np.int32(units)))
 
 
-def copy_blocks(k_cache: Array, v_cache: Array, pairs: Array) -> None:
-    """Copy cache blocks: for each (source, target) of pairs [N, 2] int32. No target may be another pair's source."""
-    if k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype or pairs.shape[1:] != (2,):
-        raise ValueError(
-            f"copy_blocks: k_cache {k_cache.dtype}{k_cache.shape}, v_cache {v_cache.dtype}{v_cache.shape} and pairs "
-            f"{pairs.shape} do not fit"
-        )
-    unit, units, threads = _copy_plan(k_cache.nbytes // len(k_cache), k_cache, v_cache)
+def copy_blocks(k_source: Array, v_source: Array, k_target: Array, v_target: Array, pairs: Array) -> None:
+    """`Ops.copy_blocks`; source or target may be pinned host memory (`device.pinned_zeros`)."""
+    caches = k_source, v_source, k_target, v_target
+    if len({(cache.shape[1:], cache.dtype) for cache in caches}) > 1 or pairs.shape[1:] != (2,):
+        shapes = ", ".join(f"{cache.dtype}{cache.shape}" for cache in caches)
+        raise ValueError(f"copy_blocks: caches {shapes} and pairs {pairs.shape} do not fit")
+    unit, units, threads = _copy_plan(k_source[:1].nbytes, *caches)
     kernel = _kernel("kv_cache.cu", f"copy_blocks<{unit}>")
-    kernel((len(pairs), 2), (threads,), (k_cache, v_cache, pairs, np.int32(units)))
+    kernel((len(pairs), 2), (threads,), (*caches, pairs, np.int32(units)))

@@ -70,17 +70,28 @@ class Kernel:
         options: further compiler flags, such as "-DBLOCK=64".
         pdl: launch with programmatic stream serialization (Hopper and later): the kernel may start while the one
             before it finishes, and must call griddepcontrol_wait() as common.cuh says.
+        prefers_shared_memory: over L1 cache. A multiprocessor runs kernels side by side only while they agree on how
+            its memory is divided between the two, so this belongs to kernels that follow one another.
     """
 
-    def __init__(self, file: str, name: str, options: Sequence[str] = (), *, pdl: bool = False) -> None:
+    def __init__(
+        self,
+        file: str,
+        name: str,
+        options: Sequence[str] = (),
+        *,
+        pdl: bool = False,
+        prefers_shared_memory: bool = False,
+    ) -> None:
         self.file, self.name, self.options, self.pdl = file, name, tuple(options), pdl
+        self.prefers_shared_memory = prefers_shared_memory
         self._functions: dict[int, _Function] = {}  # by device id
 
     def __repr__(self) -> str:
         return f"{self.name} ({self.file}{''.join(f' {option}' for option in self.options)})"
 
     def _identity(self) -> tuple:
-        return self.file, self.name, self.options, self.pdl
+        return self.file, self.name, self.options, self.pdl, self.prefers_shared_memory
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Kernel) and self._identity() == other._identity()
@@ -207,8 +218,8 @@ def compile_all(kernels: Iterable[Kernel], arch: str | None = None) -> float:
 # its own launch checks no arguments and takes twice as long.
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
-_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
-_DEFAULT_SHARED_MEMORY = 48 << 10  # what a block gets without raising that attribute
+_MAX_DYNAMIC_SHARED_SIZE_BYTES, _PREFERRED_SHARED_MEMORY_CARVEOUT = 8, 9  # CUfunction_attribute
+_DEFAULT_SHARED_MEMORY = 48 << 10  # what a block gets without raising the first of them
 
 # CUlaunchConfig: grid x y z, block x y z, shared bytes, stream, attributes, number of attributes.
 _CONFIG = struct.Struct("@7I4xQQI4x")
@@ -261,6 +272,8 @@ class _Function:
         self._module.load(cubin.image)
         self.handle = self._module.get_function(cubin.lowered_name).ptr
         self._shared_limit = _DEFAULT_SHARED_MEMORY - (cubin.resources.shared_bytes if cubin.resources else 0)
+        if kernel.prefers_shared_memory:  # a hint: as much as there is, in percent
+            _driver().cuFuncSetAttribute(self.handle, _PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
 
         self._config = ctypes.create_string_buffer(_CONFIG.size)
         self._config_address = ctypes.addressof(self._config)

@@ -26,9 +26,11 @@ def test_shared_memory(head_dim):
 
 def test_instances_of_one_gpu():
     everything = {kernel.file for kernel in instances([BF16], [128])}
-    assert everything == {"flash_attention.cu", "flash_attention_sm90.cu", "paged_attention.cu"}
+    assert everything == {
+        "flash_attention.cu", "flash_attention_sm90.cu", "paged_attention.cu", "decode_attention.cu"
+    }  # fmt: skip
     hopper = {kernel.file for kernel in instances([BF16], [128], HOPPER)}
-    assert hopper == {"flash_attention_sm90.cu", "paged_attention.cu"}
+    assert hopper == {"flash_attention_sm90.cu", "paged_attention.cu", "decode_attention.cu"}
     ampere = {kernel.file for kernel in instances([BF16], [128], (8, 0))}
     assert ampere == {"flash_attention.cu", "paged_attention.cu"}
 

@@ -33,6 +33,12 @@ EXPLAINED = {
         for arch in ("sm_80", "sm_86", "sm_89")
         for out in ("bf16", "float")
     ),
+    # Some tens of bytes, as above.
+    *(
+        (arch, f"decode_attention<bf16, 128, {shape}> (decode_attention.cu)")
+        for arch in ("sm_100a", "sm_120a")
+        for shape in ("8, 8, 1", "8, 4, 1", "4, 8, 1", "4, 4, 2")
+    ),
 }
 """Kernels that keep something in local memory on an architecture, and why they may."""
 

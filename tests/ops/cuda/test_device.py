@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 cupy = pytest.importorskip("cupy")
 
 from mini_vllm.ops.cuda import device, elementwise  # noqa: E402
+from mini_vllm.ops.numpy_ops import NumpyOps  # noqa: E402
+from mini_vllm.ops.weight import RepeatedBlock  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -108,3 +111,15 @@ def test_uploads_keep_shape_and_values(shape):
         actual = staging.upload(view)
         assert actual.shape == view.shape
         np.testing.assert_array_equal(cupy.asnumpy(actual), view)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_repeated_blocks_are_those_of_numpy(dtype):
+    block = np.random.default_rng(0).standard_normal(1_048_573, np.float32)
+    parts = [
+        RepeatedBlock(block, 1_000_003, (700, 3001)),
+        np.ones((2, 3001), np.float32),
+        RepeatedBlock(block, 5, (3, 3001)),
+    ]
+    actual = device.WeightUpload().upload(parts, np.dtype(dtype)).get()
+    np.testing.assert_array_equal(actual, NumpyOps(dtype).load_weight(parts))

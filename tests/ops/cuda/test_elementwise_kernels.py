@@ -13,7 +13,7 @@ import pytest
 cupy = pytest.importorskip("cupy")
 
 from mini_vllm.ops.cuda import elementwise  # noqa: E402
-from mini_vllm.ops.cuda.device import GPUAllocator  # noqa: E402
+from mini_vllm.ops.cuda.device import GPUAllocator, pinned_zeros  # noqa: E402
 from mini_vllm.ops.cuda.kernel import DTYPES, LaunchError  # noqa: E402
 from mini_vllm.ops.numpy_ops import NumpyOps  # noqa: E402
 
@@ -134,6 +134,14 @@ def test_embedding(dtype, hidden_size):
     assert elementwise.embedding(cupy.asarray(ids[:0]), cupy.asarray(table)).shape == (0, hidden_size)
 
 
+def test_embedding_of_tokens_of_the_step_before(dtype):
+    table = random((997, 64), dtype)
+    ids, previous = np.array([5, -1, -3, 0, -1], np.int32), np.array([7, 996, 0], np.int32)
+    out = elementwise.embedding(cupy.asarray(ids), cupy.asarray(table), cupy.asarray(previous))
+    np.testing.assert_array_equal(f32(out), f32(NumpyOps(dtype).embedding(ids, table, previous)))
+    np.testing.assert_array_equal(f32(out), f32(table[[5, 7, 0, 0, 7]]))
+
+
 def test_embedding_table_beyond_32_bits():
     table = cupy.empty((2_200_000, 1024), np.float16)  # 4.5 GB: offsets do not fit 32 bits
     table[-1] = 2
@@ -199,16 +207,21 @@ def test_rope_store_kv_head_dims(dtype, head_dim):
     check_rope(rope_case(dtype, 37, 6, 3, head_dim), dtype)
 
 
-@pytest.mark.parametrize("norms", [("q_norm",), ("k_norm",), ("q_norm", "k_norm")])
-def test_rope_store_kv_without_norms(dtype, norms):
-    case = rope_case(dtype, 37, 6, 3, 64) | dict.fromkeys(norms)
+def test_rope_store_kv_without_norms(dtype):
+    case = rope_case(dtype, 37, 6, 3, 64) | dict.fromkeys(("q_norm", "k_norm"))
     check_rope(case, dtype)
-    if len(norms) == 2:  # exact inputs: nothing but the rotation is rounded
-        (q, _, _), (expected_q, _, _) = run_both(case, dtype)
-        heads = np.abs(f32(case["qkv"]).reshape(37, -1, 2, 32))[:, :6].sum(axis=2)  # |first| + |second| half
-        magnitude = np.concatenate([heads, heads], axis=-1)
-        bound = eps_of(dtype) * np.abs(f32(expected_q)) + 4 * EPS32 * magnitude
-        assert (np.abs(f32(q) - f32(expected_q)) <= bound).all()
+    (q, _, _), (expected_q, _, _) = run_both(case, dtype)  # exact inputs: nothing but the rotation is rounded
+    heads = np.abs(f32(case["qkv"]).reshape(37, -1, 2, 32))[:, :6].sum(axis=2)  # |first| + |second| half
+    magnitude = np.concatenate([heads, heads], axis=-1)
+    bound = eps_of(dtype) * np.abs(f32(expected_q)) + 4 * EPS32 * magnitude
+    assert (np.abs(f32(q) - f32(expected_q)) <= bound).all()
+
+
+@pytest.mark.parametrize("missing", ["q_norm", "k_norm"])
+def test_rope_store_kv_refuses_one_norm_alone(dtype, missing):
+    case = rope_case(dtype, 5, 6, 3, 64) | {missing: None}
+    with pytest.raises(ValueError, match="q_norm and k_norm must both be given, or neither"):
+        elementwise.rope_store_kv(**{k: cupy.asarray(v) if isinstance(v, np.ndarray) else v for k, v in case.items()})
 
 
 @pytest.mark.parametrize("head_dim", [20, 128, 256])
@@ -251,10 +264,24 @@ def test_copy_blocks(dtype, row):
     caches = [random((50, 5, *row), dtype, seed) for seed in (1, 2)]
     pairs = np.random.default_rng(3).permutation(50)[:40].reshape(20, 2).astype(np.int32)
     device = [cupy.asarray(c) for c in caches]
-    elementwise.copy_blocks(*device, cupy.asarray(pairs))
+    elementwise.copy_blocks(*device, *device, cupy.asarray(pairs))
+    NumpyOps(dtype).copy_blocks(*caches, *caches, pairs)
     for actual, cache in zip(device, caches, strict=True):
-        cache[pairs[:, 1]] = cache[pairs[:, 0]]
         assert actual.tobytes() == cache.tobytes()
+
+
+@pytest.mark.parametrize("row", [(3, 7), (8, 128)])
+def test_copy_blocks_to_pinned_memory_and_back(dtype, row):
+    caches = [random((50, 5, *row), dtype, seed) for seed in (1, 2)]
+    device, host = [cupy.asarray(c) for c in caches], [pinned_zeros((9, 5, *row), dtype) for _ in caches]
+    out = np.array([[49, 0], [3, 8], [7, 5]], np.int32)
+    elementwise.copy_blocks(*device, *host, cupy.asarray(out))
+    back = np.array([[8, 0], [5, 1], [0, 2], [1, 3]], np.int32)
+    elementwise.copy_blocks(*host, *device, cupy.asarray(back))
+    for actual, cache in zip(device, caches, strict=True):
+        expected = cache.copy()
+        expected[:4] = cache[3], cache[7], cache[49], np.zeros_like(cache[0])
+        assert actual.tobytes() == expected.tobytes()
 
 
 # ---- launches -------------------------------------------------------------------------------------------------
@@ -326,7 +353,7 @@ def test_a_refused_launch_names_kernel_and_arguments():
         (lambda a: elementwise.add_rms_norm(a(3, 8), a(2, 8), a(8), 1e-6), r"residual \(2, 8\)"),
         (lambda a: elementwise.silu_and_mul(a(3, 7)), "even last axis"),
         (lambda a: elementwise.store_kv(a(3, 2, 8), a(3, 2, 8), a(4, 5, 2, 9), a(4, 5, 2, 9), a(3)), "store_kv"),
-        (lambda a: elementwise.copy_blocks(a(4, 8), a(5, 8), a(1, 2)), "copy_blocks"),
+        (lambda a: elementwise.copy_blocks(a(4, 8), a(4, 8), a(5, 8), a(5, 9), a(1, 2)), "copy_blocks"),
         (lambda a: elementwise.rms_norm(a(3, 16)[:, ::2], a(8), 1e-6), "not contiguous"),
         (lambda a: elementwise.rms_norm(a(3, 8), a(8).astype(np.float16), 1e-6), r"argument 1 \(weight\).*float16"),
         (lambda a: elementwise.embedding(a(3), a(4, 8)), r"argument 0 \(ids\).*float32"),

@@ -6,13 +6,15 @@ of a whole unit in the last place), and the result is rounded once to its type.
 
 from __future__ import annotations
 
+import ctypes
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 cupy = pytest.importorskip("cupy")
 
-from mini_vllm.ops.cuda import CudaUnavailable, gemm  # noqa: E402
+from mini_vllm.ops.cuda import CudaUnavailable, cublaslt, gemm  # noqa: E402
 from mini_vllm.ops.cuda.device import GPUAllocator  # noqa: E402
 from mini_vllm.ops.cuda.kernel import DTYPES  # noqa: E402
 from mini_vllm.ops.weight import DenseWeight  # noqa: E402
@@ -206,13 +208,40 @@ def test_every_tile_is_among_the_instances(rows):
         assert f"gemv_mma<bf16, float, {tile.tiles}, {tile.warps}, {tile.unroll}, {wide}>" in names
 
 
+@pytest.mark.gpu
+def test_tuning_is_right_and_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    multiply = gemm.Gemm()
+    cases = [operands(40, out, k, BFLOAT16, has_bias) for out, k, has_bias in ((512, 256, True), (256, 512, False))]
+    weights = [on_device(*case)[1] for case in cases]
+    x, head, _ = operands(40, 5000, 256, BFLOAT16, False)
+    multiply.tune([2, 40], weights, DenseWeight(cupy.asarray(head)))
+    for (x_host, weight, bias), device_weight in zip(cases, weights, strict=True):
+        assert_product(multiply.linear(cupy.asarray(x_host), device_weight), x_host, weight, bias)
+    assert_product(multiply.logits(cupy.asarray(x), DenseWeight(cupy.asarray(head))), x, head, None)
+
+    monkeypatch.setattr(cublaslt, "_time", lambda function: pytest.fail("it was measured before"))
+    gemm.Gemm().tune([2, 40], weights, DenseWeight(cupy.asarray(head)))
+
+
+def test_choices_survive_the_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    problem = cublaslt._Problem(40, 5, 3, BFLOAT16, FLOAT32, True, 16)
+    choices = cublaslt._Choices("one GPU")
+    assert choices.get(problem) is None
+    choices.put(problem, (ctypes.c_uint64 * 8)(*range(8)))
+    choices.save()
+    assert list(cublaslt._Choices("one GPU").get(problem)) == list(range(8))
+    assert cublaslt._Choices("another GPU").get(problem) is None
+
+
 def test_errors_name_status_and_shapes():
-    problem = gemm._Problem(2, 5, 3, BFLOAT16, FLOAT32, True, 16)
+    problem = cublaslt._Problem(2, 5, 3, BFLOAT16, FLOAT32, True, 16)
     message = (
         r"CUBLAS_STATUS_INVALID_VALUE from cuBLASLt for bfloat16 x \[2, 3\] times weight \[5, 3\] \+ bias to float32"
     )
-    with pytest.raises(gemm.CublasError, match=message):
-        gemm._check(7, f"for {problem}")
+    with pytest.raises(cublaslt.CublasError, match=message):
+        cublaslt._check(7, f"for {problem}")
 
 
 def test_a_missing_library_is_said_clearly(monkeypatch):
@@ -223,4 +252,4 @@ def test_a_missing_library_is_said_clearly(monkeypatch):
 
     monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", not_found)
     with pytest.raises(CudaUnavailable, match=r"cuBLAS \(libcublasLt\) is not installed; install .* pip install"):
-        gemm._library.__wrapped__()
+        cublaslt._library.__wrapped__()
