@@ -13,6 +13,7 @@ from mini_vllm import __version__
 COMMANDS = {
     "generate": "Complete prompts.",
     "chat": "Talk with a model in the terminal.",
+    "bench": "Measure latency, throughput and start-up.",
     "doctor": "Check whether this machine can run the CUDA backend.",
     "kernels": "List, compile and time the CUDA kernels.",
 }

@@ -1,0 +1,78 @@
+"""What only a GPU can tell: the roofs, the share of them, and that the suite's check holds."""
+
+import json
+
+import pytest
+
+from mini_vllm.bench.latency import latency_lines, measure_latency
+from mini_vllm.bench.presets import preset_arguments
+from mini_vllm.bench.startup import PARTS, start_once
+from mini_vllm.bench.suite import check_tokens, measured_roofs
+from mini_vllm.bench.throughput import Load, measure_throughput
+from mini_vllm.bench.workloads import random_workload
+
+pytestmark = pytest.mark.gpu
+
+
+def test_the_gpu_s_tokens_are_those_of_the_specification():
+    assert check_tokens("cuda") == (
+        "cuda",
+        "greedy tokens of 5 prompts in float32 are those of the NumPy backend",
+    )
+
+
+def test_roofs_are_those_of_a_gpu():
+    roofs = measured_roofs()
+    assert 100 < roofs["bandwidth_gb_per_s"] < 20_000
+    assert 10 < roofs["matmul_tflop_per_s"] < 5_000
+
+
+def test_latency_of_a_preset_reaches_for_the_bandwidth_and_leaves_no_memory_behind():
+    import cupy
+
+    from mini_vllm.ops.cuda.device import free_cached_memory
+
+    def run():
+        with preset_arguments("qwen3-0.6b") as arguments:
+            return measure_latency(
+                {**arguments, "device": "cuda", "max_model_len": 1024, "max_num_seqs": 8},
+                batch_size=1,
+                num_iters=3,
+                num_iters_warmup=1,
+                temperature=0.0,
+                traced=True,
+            )
+
+    run()
+    free_cached_memory()
+    held = cupy.get_default_memory_pool().total_bytes()  # of this process: other tests may be using the GPU, too
+    report, tracer = run()
+    free_cached_memory()
+    assert cupy.get_default_memory_pool().total_bytes() <= held
+    assert 0.05 < report.metrics["share_of_bandwidth_limit"].median < 1.1
+    assert report.engine["peak_memory"]["bytes"] > report.details["decode_step_bytes"] > 1e9
+    assert any(line.startswith("Bandwidth limit: ") for line in latency_lines(report))
+    assert {"step", "schedule", "prepare", "launch", "wait"} <= {span.name for span in tracer.spans}
+    environment = json.loads(json.dumps(report.to_dict()))["environment"]
+    assert {"gpu", "nvrtc", "cupy", "driver_cuda"} <= set(environment)
+
+
+def test_throughput_over_time():
+    load = Load(request_rate=100.0, max_concurrency=4)
+    arguments = {"device": "cuda", "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory": 64 << 20}
+    report, run, _ = measure_throughput(
+        arguments, lambda engine: random_workload(12, 40, 20, engine.model_config.vocab_size), load
+    )
+    assert run.num_output_tokens == 240
+    assert run.peak_concurrency <= 4
+    assert len(report.metrics["itl_ms"].samples) == 12 * 19
+
+
+def test_a_cold_start_compiles_and_a_warm_one_does_not():
+    arguments = {"device": "cuda", "max_model_len": 256, "max_num_seqs": 8}
+    _, cold = start_once(arguments, cold=True)
+    start_once(arguments, cold=False)
+    device, warm = start_once(arguments, cold=False)
+    assert device == "cuda"
+    assert set(PARTS) <= set(cold)
+    assert cold["kernels"] > 2 * warm["kernels"]
