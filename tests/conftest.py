@@ -116,6 +116,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(f"--gpu-record: {path}")
 
 
+@pytest.fixture
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture
+def digest() -> str:
+    """`source_digest` of the sources that are tested now."""
+    return source_digest()
+
+
 # ---- fixtures ---------------------------------------------------------------------------------------------
 
 

@@ -466,7 +466,7 @@ def main(
     try:
         if plot_path is not None:
             require_matplotlib()
-        table = STEP_TABLES[model] if step_times is None else StepTable.read(step_times)
+        table = StepTable.read(STEP_TABLES[model] if step_times is None else step_times)
         cost = StepCost.fit(table)
         traffic = Traffic(**traffic_options)
         conversations = traffic.conversations()

@@ -3,6 +3,7 @@
 seconds = fixed                  weights are read once, kernels are launched
         + per_decode_sequence    for each sequence that decodes
         + per_context_token      for each token whose K/V a decoding sequence reads
+        + per_prefill_step       if prompts are computed: its kernels are launched one by one, not as a graph
         + per_prefill_token      for each token of a prompt that is computed
         + per_attention_pair     for each pair of a prompt's token and one that it sees
         + per_moved_token        for each token whose K/V moves between device and host memory
@@ -26,7 +27,7 @@ import numpy as np
 from mini_vllm.bench.presets import PRESETS, preset_arguments
 from mini_vllm.bench.report import environment
 from mini_vllm.bench.runner import with_engine
-from mini_vllm.bench.workloads import MAX_TOKEN_ID, NANO_PROMPTS
+from mini_vllm.bench.workloads import MAX_TOKEN_ID
 from mini_vllm.engine.llm_engine import LLMEngine
 from mini_vllm.engine.model_runner import ModelRunner, StepResult
 from mini_vllm.sampling_params import SamplingParams
@@ -47,9 +48,9 @@ class StepTime(NamedTuple):
     def features(self) -> tuple[float, ...]:
         """What the coefficients of `StepCost` that `fit` finds are multiplied by, in their order."""
         if self.tokens == self.sequences:
-            return 1, self.sequences, self.context, 0, 0
+            return 1, self.sequences, self.context, 0, 0, 0
         new, seen = self.tokens / self.sequences, self.context / self.sequences
-        return 1, 0, 0, self.tokens, self.tokens * (seen - (new - 1) / 2)
+        return 1, 0, 0, 1, self.tokens, self.tokens * (seen - (new - 1) / 2)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class StepCost:
     fixed: float
     per_decode_sequence: float
     per_context_token: float
+    per_prefill_step: float
     per_prefill_token: float
     per_attention_pair: float
     per_moved_token: float = 0.0
@@ -99,15 +101,15 @@ class StepCost:
         rows = table.rows
         if not all(row.tokens >= row.sequences > 0 and row.context >= row.tokens and row.seconds > 0 for row in rows):
             raise ValueError("a row of step times needs context >= tokens >= sequences > 0 and seconds > 0")
-        features = np.array([row.features() for row in rows], dtype=np.float64).reshape(-1, 5)
+        features = np.array([row.features() for row in rows], dtype=np.float64).reshape(-1, 6)
         scale = features.max(axis=0, initial=0.0)
-        if not scale.all() or np.linalg.matrix_rank(features / scale) < 5:
+        if not scale.all() or np.linalg.matrix_rank(features / scale) < 6:
             raise ValueError(
                 "the step times leave a cost open: give decode rows (tokens = sequences) that differ in sequences and "
                 "context, and prefill rows that differ in tokens and context"
             )
         relative = features / np.array([[row.seconds] for row in rows])
-        coefficients, columns = np.zeros(5), np.arange(5)
+        coefficients, columns = np.zeros(6), np.arange(6)
         while len(columns):
             solution = np.linalg.lstsq(relative[:, columns], np.ones(len(rows)), rcond=None)[0]
             if solution.min() >= 0:
@@ -122,6 +124,7 @@ class StepCost:
             self.fixed,
             self.per_decode_sequence,
             self.per_context_token,
+            self.per_prefill_step,
             self.per_prefill_token,
             self.per_attention_pair,
         )
@@ -142,87 +145,17 @@ class StepCost:
             self.fixed
             + self.per_decode_sequence * decodes
             + self.per_context_token * context
+            + self.per_prefill_step * (prefill > 0)
             + self.per_prefill_token * prefill
             + self.per_attention_pair * pairs
             + self.per_moved_token * block_size * len(plan.transfers)
         )
 
 
-# ---- tables -----------------------------------------------------------------------------------------------
-
-# nano-vllm's workload with all prompts at once: its tokens, the steps that decode, and the tokens of context that these
-# steps read together. The tests count them.
-NANO_PROMPT_TOKENS, NANO_OUTPUT_TOKENS, NANO_STEPS, NANO_CONTEXT = 142_827, 133_966, 1023, 120_795_204
-HOST_BANDWIDTH = 55e9  # bytes a second between pinned host memory and an H200, measured; 54e9 the other way
-
-
-def _vllm_table(
-    preset: str,
-    *,
-    decode_1: float,
-    decode_8: float,
-    nano: float,
-    prefill: float,
-    attention_1024: float,
-    attention_4096: float,
-    attention_16384: float,
-    attention_decode: float,
-) -> StepTable:
-    """A table from measurements of vLLM 0.26.0 and its attention kernel (FlashAttention-3) on one H200, in bfloat16.
-
-    decode_1, decode_8: seconds per token at batch 1, and per step at batch 8; 128 tokens in, 256 out.
-    nano: output tokens a second on nano-vllm's workload.
-    prefill: prompt tokens a second of 16 prompts of 4096.
-    attention_1024, attention_4096, attention_16384: the kernel's seconds for one layer of 16384 tokens, as prompts of
-        that length. attention_decode: the same for batch 256, at 2048 tokens of context over that at 1024.
-    """
-    layers, kv_heads, head_dim = (
-        PRESETS[preset][key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim")
-    )
-    # What decode steps of nano-vllm's workload are on average, with the prompts' share of the time taken off.
-    batch, context = (NANO_OUTPUT_TOKENS - NANO_PROMPTS) / NANO_STEPS, NANO_CONTEXT / NANO_STEPS
-    nano_step = (NANO_OUTPUT_TOKENS / nano - NANO_PROMPT_TOKENS / prefill) / NANO_STEPS
-    rest = 16384 / prefill - layers * attention_4096  # of 16384 prompt tokens: all but attention
-    return StepTable(
-        rows=[
-            StepTime(1, 1, 256, decode_1),
-            StepTime(8, 8, 8 * 256, decode_8),
-            StepTime(batch, batch, context, nano_step),
-            # The same step with 256 x 1024 tokens more to read.
-            StepTime(batch, batch, context + 256 * 1024, nano_step + layers * attention_decode),
-            StepTime(16384, 4, 16384, 16384 / prefill),
-            StepTime(16384, 16, 16384, rest + layers * attention_1024),
-            StepTime(16384, 1, 16384, rest + layers * attention_16384),
-        ],
-        seconds_per_moved_token=2 * layers * kv_heads * head_dim * 2 / HOST_BANDWIDTH,
-        source="vLLM 0.26.0 and FlashAttention-3 on one H200",
-    )
-
-
 STEP_TABLES = {
-    "qwen3-0.6b": _vllm_table(
-        "qwen3-0.6b",
-        decode_1=1.63e-3,
-        decode_8=1.63e-3,
-        nano=23_560,
-        prefill=354_500,
-        attention_1024=0.190e-3,
-        attention_4096=0.484e-3,
-        attention_16384=1.89e-3,
-        attention_decode=519e-6 - 287e-6,
-    ),
-    "qwen3-8b": _vllm_table(
-        "qwen3-8b",
-        decode_1=5.19e-3,
-        decode_8=5.49e-3,
-        nano=9_080,
-        prefill=40_430,
-        attention_1024=0.335e-3,
-        attention_4096=0.916e-3,
-        attention_16384=3.61e-3,
-        attention_decode=525e-6 - 291e-6,
-    ),
+    path.stem.removeprefix("steps_"): path for path in sorted(Path(__file__).with_name("results").glob("steps_*.json"))
 }
+"""Files of measured tables, by model; this module's command made them on one H200."""
 
 
 # ---- measuring --------------------------------------------------------------------------------------------

@@ -183,6 +183,7 @@ class LLMEngine:
         self.max_model_len = self.runner.max_model_len
         self.scheduler = self._make_scheduler()
         self._in_flight: _Step | None = None
+        self._booked = 0.0  # when the last step was done; time.monotonic
         self._refused: list[_Request] = []  # ended without having run; the next step returns them
         self._queue: deque[_Request] = deque()  # not started, in order of arrival; only kept under max_queue_time
         self._num_histories = 0  # unfinished requests of which the rules depend on the newest token
@@ -433,7 +434,7 @@ class LLMEngine:
                 self._in_flight = self._launch()
             return refused + self._book(step, step.wait())
         except BaseException:
-            self._in_flight = None
+            self._in_flight, self._refused = None, refused
             for request_id in list(self._requests):
                 self.abort_request(request_id)
             self.scheduler.reset_prefix_cache()  # what was planned may never have been computed
@@ -457,7 +458,9 @@ class LLMEngine:
         now = time.monotonic()
         plan = step.plan
         if plan.num_tokens >= MEASURED_TOKENS:
-            self.scheduler.seconds_to_compute_token = (now - step.launched) / plan.num_tokens
+            started = max(step.launched, self._booked)  # it was launched while the step before it ran
+            self.scheduler.seconds_to_compute_token = (now - started) / plan.num_tokens
+        self._booked = now
         with self._tracer.span("detokenize"):
             for seq, position, scores in result.prompt_logprobs:
                 if seq.seq_id in self._request_of:
@@ -551,7 +554,7 @@ class LLMEngine:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        if self._requests:
+        if self.has_unfinished_requests():
             raise RuntimeError("generate() needs the engine for itself; finish the added requests with step() first")
         requests = self._make_requests(prompts, sampling_params)
         for request in requests:
@@ -577,7 +580,7 @@ class LLMEngine:
         Raises `ValueError` for a prompt that cannot be run or does not leave room for max_tokens, and for more beams
         than the engine has seats.
         """
-        if self._requests:
+        if self.has_unfinished_requests():
             raise RuntimeError("beam_search() needs the engine for itself; finish the added requests first")
         if params.beam_width > self.config.max_num_seqs:
             raise ValueError(f"beam_width={params.beam_width} exceeds max_num_seqs={self.config.max_num_seqs}")
@@ -630,7 +633,7 @@ class LLMEngine:
         params = sampling_params or self._default_sampling_params
         if params.n != 1:
             raise ValueError(f"stream() follows one sample, got n={params.n}")
-        if self._requests:
+        if self.has_unfinished_requests():
             raise RuntimeError("stream() needs the engine for itself; finish the added requests with step() first")
         request = self._make_request(f"stream-{next(self._generate_ids)}", parse_prompt(prompt), params)
         return self._stream(request)

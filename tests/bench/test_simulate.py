@@ -8,13 +8,14 @@ from click.testing import CliRunner
 
 from mini_vllm.bench.report import load_report
 from mini_vllm.bench.simulate import LONGEST, Conversation, Server, Simulator, Traffic, Turn, main
-from mini_vllm.bench.step_cost import STEP_TABLES, StepCost
+from mini_vllm.bench.step_cost import STEP_TABLES, StepCost, StepTable
 from mini_vllm.scheduling.policy import POLICIES
 
 COST = StepCost(
     fixed=5e-3,
     per_decode_sequence=2e-5,
     per_context_token=3e-8,
+    per_prefill_step=0.0,
     per_prefill_token=2e-5,
     per_attention_pair=1e-9,
     per_moved_token=3e-6,
@@ -206,7 +207,7 @@ def test_command_compares_policies(tmp_path):
 
 def test_command_takes_the_engine_s_settings(tmp_path):
     path, table = tmp_path / "report.json", tmp_path / "table.json"
-    STEP_TABLES["qwen3-0.6b"].write(table)
+    StepTable.read(STEP_TABLES["qwen3-0.6b"]).write(table)
     settings = {"num_kv_blocks": 500, "block_size": 8, "max_num_seqs": 16, "max_num_batched_tokens": 64}
     settings["swap_blocks"] = 100
     options = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -217,7 +218,7 @@ def test_command_takes_the_engine_s_settings(tmp_path):
     report = json.loads(path.read_text())
     assert report["policies"] == ["sjf"]
     assert settings.items() <= report["engine"].items()
-    assert report["engine"]["step_cost"]["fixed"] == StepCost.fit(STEP_TABLES["qwen3-0.6b"]).fixed
+    assert report["engine"]["step_cost"]["fixed"] == StepCost.fit(StepTable.read(STEP_TABLES["qwen3-0.6b"])).fixed
     assert (report["workload"]["request_rate"], report["workload"]["seed"]) == ("inf", 3)
 
 

@@ -7,10 +7,6 @@ from click.testing import CliRunner
 
 from mini_vllm.bench.runner import with_engine
 from mini_vllm.bench.step_cost import (
-    NANO_CONTEXT,
-    NANO_OUTPUT_TOKENS,
-    NANO_PROMPT_TOKENS,
-    NANO_STEPS,
     STEP_TABLES,
     StepCost,
     StepTable,
@@ -19,7 +15,6 @@ from mini_vllm.bench.step_cost import (
     measure_step_times,
     recorded,
 )
-from mini_vllm.bench.workloads import nano_workload
 from mini_vllm.engine.llm_engine import LLMEngine
 from mini_vllm.sampling_params import SamplingParams
 from mini_vllm.scheduling.scheduler import ScheduledSequence, SchedulerOutput, Transfer
@@ -28,6 +23,7 @@ COST = StepCost(
     fixed=5e-3,
     per_decode_sequence=2e-5,
     per_context_token=3e-8,
+    per_prefill_step=2e-3,
     per_prefill_token=2e-5,
     per_attention_pair=1e-9,
     per_moved_token=1e-6,
@@ -56,7 +52,7 @@ def test_a_step_costs_what_it_says():
         ],
         transfers=[Transfer(True, 0, 0), Transfer(False, 1, 1)],
     )
-    expected = 5e-3 + 2 * 2e-5 + 150 * 3e-8 + 3 * 2e-5 + 36 * 1e-9 + 2 * 16 * 1e-6
+    expected = 5e-3 + 2e-3 + 2 * 2e-5 + 150 * 3e-8 + 3 * 2e-5 + 36 * 1e-9 + 2 * 16 * 1e-6
     assert COST.seconds(plan, block_size=16) == pytest.approx(expected, rel=1e-12)
 
 
@@ -99,20 +95,11 @@ def test_rows_that_cannot_be_are_refused():
 
 @pytest.mark.parametrize("name", STEP_TABLES)
 def test_a_linear_model_is_enough_for_the_tables(name):
-    table = STEP_TABLES[name]
+    table = StepTable.read(STEP_TABLES[name])
     cost = StepCost.fit(table)
     assert cost.error(table.rows) < 0.2
     assert cost.fixed > 0
     assert cost.per_moved_token > 0
-
-
-def test_the_nano_workload_is_counted_right():
-    workload = nano_workload(vocab_size=151936)
-    pairs = list(zip(map(len, workload.prompts), workload.output_lens, strict=True))
-    assert workload.num_prompt_tokens == NANO_PROMPT_TOKENS
-    assert workload.num_output_tokens == NANO_OUTPUT_TOKENS
-    assert max(workload.output_lens) - 1 == NANO_STEPS, "the first token of each comes with its prompt"
-    assert sum(n + i for n, output_len in pairs for i in range(1, output_len)) == NANO_CONTEXT
 
 
 def test_a_table_survives_its_file(tmp_path):

@@ -731,3 +731,20 @@ def test_default_sampling_params_come_from_the_checkpoint(demo_llm):
     config = json.loads((DEMO_DIR / "generation_config.json").read_text())
     assert demo_llm.get_default_sampling_params().temperature == config["temperature"]
     assert LLM(generation_config="none").get_default_sampling_params() == SamplingParams()
+
+
+def test_a_refusal_outlives_a_step_that_fails(monkeypatch):
+    engine = LLMEngine(max_num_queued_requests=1)
+    engine.add_request("a", "Once upon a time", SamplingParams(max_tokens=4))
+    engine.add_request("b", "Once upon a time", SamplingParams(max_tokens=4))
+    with pytest.raises(RuntimeError, match="needs the engine for itself"):
+        engine.generate("The king")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "launch", lambda plan: pytest.fail("no power"))
+        with pytest.raises(BaseException, match="no power"):
+            engine.step()
+    (refused,) = engine.step()
+    assert refused.request_id == "b"
+    assert refused.outputs[0].finish_reason == "abort"
+    assert not engine.has_unfinished_requests()
+    assert len(engine.generate("The king", SamplingParams(max_tokens=3, ignore_eos=True)).outputs[0].token_ids) == 3
