@@ -137,10 +137,11 @@ class BeamSearch:
                 search.hypotheses.append(BeamSearchSequence(tokens, total, score, finish_reason=reason))
         search.hypotheses = sorted(search.hypotheses, key=lambda h: -h.score)[:width]
         going_on = [entry for entry in best if entry[2] not in self._eos][:width]
-        could_improve = len(search.hypotheses) < width or (
-            going_on[0][0] / num_new**self._params.length_penalty > search.hypotheses[-1].score
+        could_improve = bool(going_on) and (
+            len(search.hypotheses) < width
+            or going_on[0][0] / num_new**self._params.length_penalty > search.hypotheses[-1].score
         )
-        search.is_done = is_last or not going_on or not could_improve
+        search.is_done = is_last or not could_improve
         self._go_on(search, [] if search.is_done else going_on)
 
     def _go_on(self, search: _Search, chosen: list[tuple[float, int, int]]) -> None:
