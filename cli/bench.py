@@ -12,6 +12,7 @@ import click
 
 from mini_vllm.bench.presets import PRESETS, preset_arguments
 from mini_vllm.cli.options import ENGINE_OPTIONS, GroupedCommand, engine_options, given, option_group
+from mini_vllm.config import DEVICES
 
 if TYPE_CHECKING:
     from mini_vllm.bench.report import Report
@@ -468,7 +469,7 @@ def sweep(
 @click.option("--only", multiple=True, metavar="TEXT", help="Only rows whose name contains this; may be repeated.")
 @click.option("--list", "list_rows", is_flag=True, help="Print the rows' names and leave.")
 @click.option("--quick", is_flag=True, help="The demo model instead of real shapes: seconds, also on a CPU.")
-@click.option("--device", default="auto", show_default=True, type=click.Choice(("auto", "cpu", "cuda")))
+@click.option("--device", default="auto", show_default=True, type=click.Choice(DEVICES))
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def suite(
     output_json: Path | None, only: tuple[str, ...], list_rows: bool, quick: bool, device: str, debug: bool

@@ -479,3 +479,12 @@ def test_engine_config_names_unknown_arguments():
     ):
         EngineConfig.from_kwargs(block_size=16, tensor_parallel=2, quantization="awq")
     assert EngineConfig.from_kwargs(block_size=8) == EngineConfig(block_size=8)
+
+
+def test_the_policies_that_a_user_may_name_are_those_that_there_are():
+    from mini_vllm.config import PREFIX_CACHE_POLICIES, SCHEDULING_POLICIES
+    from mini_vllm.scheduling.policy import POLICIES
+    from mini_vllm.scheduling.radix_tree import EVICTION_POLICIES
+
+    assert set(SCHEDULING_POLICIES) == set(POLICIES)
+    assert set(PREFIX_CACHE_POLICIES) == set(EVICTION_POLICIES)

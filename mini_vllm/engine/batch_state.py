@@ -49,7 +49,7 @@ class BatchState:
         self.block_tables[seat, : len(seq.block_table)] = seq.block_table
         columns = self.sampling
         columns["temperature"][seat] = params.temperature
-        columns["top_k"][seat] = min(params.top_k, 2**31 - 1) if params.top_k > 0 else 0
+        columns["top_k"][seat] = min(params.top_k, 2**31 - 1)
         columns["top_p"][seat] = params.top_p
         columns["min_p"][seat] = params.min_p
         columns["seeds"][seat] = seq.seed

@@ -125,6 +125,7 @@ class BeamSearch:
     def _choose(self, search: _Search) -> None:
         """All beams have candidates: end the best continuations that end, go on with the best that do not."""
         width, num_new = self._params.beam_width, search.beams[0].seq.num_tokens - len(search.prompt) + 1
+        divisor = num_new**self._params.length_penalty
         totals = [(beam.logprob + logprob, i, token) for i, beam in enumerate(search.beams)
                   for logprob, token in beam.candidates]  # fmt: skip
         best = sorted(totals, key=lambda total: -total[0])[: self._num_candidates]
@@ -133,13 +134,12 @@ class BeamSearch:
             if is_last or token in self._eos:
                 tokens = [*search.beams[i].seq.token_ids, token]
                 reason = "stop" if token in self._eos else "length"
-                score = total / num_new**self._params.length_penalty
+                score = total / divisor
                 search.hypotheses.append(BeamSearchSequence(tokens, total, score, finish_reason=reason))
         search.hypotheses = sorted(search.hypotheses, key=lambda h: -h.score)[:width]
         going_on = [entry for entry in best if entry[2] not in self._eos][:width]
         could_improve = bool(going_on) and (
-            len(search.hypotheses) < width
-            or going_on[0][0] / num_new**self._params.length_penalty > search.hypotheses[-1].score
+            len(search.hypotheses) < width or going_on[0][0] / divisor > search.hypotheses[-1].score
         )
         search.is_done = is_last or not could_improve
         self._go_on(search, [] if search.is_done else going_on)

@@ -554,8 +554,7 @@ class LLMEngine:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        if self.has_unfinished_requests():
-            raise RuntimeError("generate() needs the engine for itself; finish the added requests with step() first")
+        self._check_idle("generate()")
         requests = self._make_requests(prompts, sampling_params)
         for request in requests:
             self._submit(request)
@@ -580,8 +579,7 @@ class LLMEngine:
         Raises `ValueError` for a prompt that cannot be run or does not leave room for max_tokens, and for more beams
         than the engine has seats.
         """
-        if self.has_unfinished_requests():
-            raise RuntimeError("beam_search() needs the engine for itself; finish the added requests first")
+        self._check_idle("beam_search()")
         if params.beam_width > self.config.max_num_seqs:
             raise ValueError(f"beam_width={params.beam_width} exceeds max_num_seqs={self.config.max_num_seqs}")
         parsed, _ = parse_prompts(prompts)
@@ -611,6 +609,10 @@ class LLMEngine:
                     sequence.text = self.tokenizer.decode(sequence.tokens[len(ids) :])
         return outputs
 
+    def _check_idle(self, caller: str) -> None:
+        if self.has_unfinished_requests():
+            raise RuntimeError(f"{caller} needs the engine for itself; finish the added requests with step() first")
+
     def _make_requests(
         self, prompts: list[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[_Request]:
@@ -633,8 +635,7 @@ class LLMEngine:
         params = sampling_params or self._default_sampling_params
         if params.n != 1:
             raise ValueError(f"stream() follows one sample, got n={params.n}")
-        if self.has_unfinished_requests():
-            raise RuntimeError("stream() needs the engine for itself; finish the added requests with step() first")
+        self._check_idle("stream()")
         request = self._make_request(f"stream-{next(self._generate_ids)}", parse_prompt(prompt), params)
         return self._stream(request)
 

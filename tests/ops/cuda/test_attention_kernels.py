@@ -22,23 +22,10 @@ from mini_vllm.ops.cuda.device import DeviceInfo, GPUAllocator  # noqa: E402
 from mini_vllm.ops.cuda.kernel import DTYPES  # noqa: E402
 from mini_vllm.ops.numpy_ops import NumpyOps  # noqa: E402
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 BF16 = np.dtype(ml_dtypes.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh arrays hold 0xff bytes, NaN in every float type, so that an element nobody wrote is found."""
-
-    def allocate(num_bytes: int):
-        pointer = cupy.get_default_memory_pool().malloc(num_bytes)
-        pointer.memset(0xFF, num_bytes)
-        return pointer
-
-    with cupy.cuda.using_allocator(allocate):
-        yield
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["mma", "wgmma"])

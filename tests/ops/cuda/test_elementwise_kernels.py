@@ -17,22 +17,9 @@ from mini_vllm.ops.cuda.device import GPUAllocator, pinned_zeros  # noqa: E402
 from mini_vllm.ops.cuda.kernel import DTYPES, LaunchError  # noqa: E402
 from mini_vllm.ops.numpy_ops import NumpyOps  # noqa: E402
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 EPS32 = float(np.finfo(np.float32).eps)
 NORM_EPS = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh arrays hold 0xff bytes, NaN in every float type, so that an element nobody wrote is found."""
-
-    def allocate(num_bytes: int):
-        pointer = cupy.get_default_memory_pool().malloc(num_bytes)
-        pointer.memset(0xFF, num_bytes)
-        return pointer
-
-    with cupy.cuda.using_allocator(allocate):
-        yield
 
 
 @pytest.fixture(params=DTYPES, ids=str)

@@ -20,26 +20,11 @@ from mini_vllm.ops.cuda.kernel import DTYPES  # noqa: E402
 from mini_vllm.ops.numpy_ops import NumpyOps  # noqa: E402
 from mini_vllm.ops.weight import DenseWeight  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 EPS32 = 2.0**-23
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 FLOAT32, FLOAT16, BFLOAT16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 NORM_EPS = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(request):
-    """Fresh arrays hold 0xff bytes, NaN in every float type, so that an element nobody wrote is found."""
-    if request.node.get_closest_marker("gpu") is None:
-        yield
-        return
-
-    def allocate(num_bytes: int):
-        pointer = cupy.get_default_memory_pool().malloc(num_bytes)
-        pointer.memset(0xFF, num_bytes)
-        return pointer
-
-    with cupy.cuda.using_allocator(allocate):
-        yield
 
 
 @pytest.fixture(params=[FLOAT16, BFLOAT16], ids=str)

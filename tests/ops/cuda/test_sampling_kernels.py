@@ -20,25 +20,10 @@ from mini_vllm.ops.cuda.device import DeviceInfo, GPUAllocator  # noqa: E402
 from mini_vllm.ops.numpy_ops import NumpyOps  # noqa: E402
 from mini_vllm.ops.philox import exponential_noise  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 EPS32 = 2.0**-23
 NUMPY = NumpyOps()
 VOCAB_SIZES = (1, 5, 111, 2048, 32003, 151936)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(request):
-    """Fresh arrays hold 0xff bytes, NaN in every float type, so that an element nobody wrote is found."""
-    if request.node.get_closest_marker("gpu") is None:
-        yield
-        return
-
-    def allocate(num_bytes: int):
-        pointer = cupy.get_default_memory_pool().malloc(num_bytes)
-        pointer.memset(0xFF, num_bytes)
-        return pointer
-
-    with cupy.cuda.using_allocator(allocate):
-        yield
 
 
 def make_sampler(max_cluster_rows=None, splits=None) -> sampling.CudaSampler:
