@@ -198,7 +198,7 @@ class Scheduler:
             if seq.is_finished:
                 heapq.heappop(self._queue)
                 continue
-            if self._waits_for_its_source(seq):
+            if self._waits_for_its_source(seq, output):
                 forks_of_this_step.append(heapq.heappop(self._queue))
                 continue
             if not self._take_blocks(seq, output):
@@ -213,14 +213,22 @@ class Scheduler:
         for entry in forks_of_this_step:
             heapq.heappush(self._queue, entry)
 
-    @staticmethod
-    def _waits_for_its_source(seq: Sequence) -> bool:
-        """A fork's source is still computing what the fork is to take over."""
-        source = seq.fork_of
-        return (
-            source is not None
-            and source.status is SequenceStatus.RUNNING
-            and source.num_computed_tokens < seq.num_tokens - 1
+    def _waits_for_its_source(self, seq: Sequence, output: SchedulerOutput) -> bool:
+        """What a fork is to take over is still being computed, at the latest by this step: copies come before it."""
+        source, reusable = seq.fork_of, seq.num_tokens - 1
+        if source is None or source.status is not SequenceStatus.RUNNING:
+            return False
+        if source.num_computed_tokens < reusable:
+            return True
+        # What a source found in the cache when it was admitted in this step may be another one's to compute in it.
+        if source not in output.admitted:
+            return False
+        block_size = self.block_manager.block_size
+        block = source.block_table[reusable // block_size]
+        return any(
+            block in seq.block_table[start // block_size : -(-(start + num_tokens) // block_size)]
+            for seq, start, num_tokens, _ in output.scheduled
+            if seq is not source
         )
 
     def _take_blocks(self, seq: Sequence, output: SchedulerOutput) -> bool:

@@ -690,6 +690,24 @@ def test_a_fork_whose_prompt_was_found_in_the_cache_need_not_wait():
     assert (plan(output), output.copies) == ([(0, 8, 1), (1, 8, 1), (2, 8, 1)], [])
 
 
+def test_a_fork_waits_for_blocks_that_its_source_found_but_this_step_computes():
+    """Its copy comes before the step: the block that it copies from would be another sequence's old one."""
+    scheduler = make_scheduler(cached=True, num_blocks=3, block_size=2, max_num_seqs=3, max_num_batched_tokens=4)
+    _, aborted, late = add_samples(scheduler, [7, 8], n=3, max_tokens=2)
+    source, fork, _ = add_samples(scheduler, [7, 8], n=3, first_id=3, max_tokens=2)
+    scheduler.finish(aborted, FinishReason.ABORT)
+    assert plan(step(scheduler)) == [(0, 0, 2), (3, 0, 2)]
+    scheduler.reset_prefix_cache()
+    output = step(scheduler)
+    assert (plan(output), output.preempted) == ([(0, 2, 1)], [source])
+    output = scheduler.schedule()  # the source is back, and shares the block that `late` fills in this step
+    assert (plan(output), output.admitted) == ([(2, 0, 2), (3, 2, 1)], [late, source])
+    assert source.block_table[0] == late.block_table[0]
+    scheduler.update(output, [WORD, WORD])
+    assert fork in step(scheduler).admitted
+    finish_all(scheduler)
+
+
 def test_a_fork_of_a_source_that_is_gone_runs_like_any_other(cached):
     scheduler = make_scheduler(cached=cached)
     source, *_ = add_samples(scheduler, [*A, *B, 7, 8, 9], n=3)

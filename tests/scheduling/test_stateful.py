@@ -222,11 +222,17 @@ def is_decoding(seq: Sequence) -> bool:
     return seq.num_uncomputed_tokens == 1 and seq.num_tokens < seq.max_num_tokens
 
 
-def had_to_wait(seq: Sequence, output: SchedulerOutput) -> bool:
+def had_to_wait(seq: Sequence, output: SchedulerOutput, block_size: int) -> bool:
     """What a fork is to take over was not computed when this step was planned."""
     source = seq.fork_of
     if source is None or source.status is not SequenceStatus.RUNNING:
         return False
+    if source in output.admitted:  # it may have found what another one computes in this step
+        index = (seq.num_tokens - 1) // block_size
+        for s in output.scheduled:
+            written = range(s.start // block_size, (s.start + s.num_tokens - 1) // block_size + 1)
+            if s.seq is not source and any(s.seq.block_table[i] == source.block_table[index] for i in written):
+                return True
     computed = next((s.start for s in output.scheduled if s.seq is source), source.num_computed_tokens)
     return computed < seq.num_tokens - 1
 
@@ -425,7 +431,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert admitted == [seq for seq in waiting if seq in admitted]
         for seq in admitted:
             overtaken = [other for other in waiting[: waiting.index(seq)] if other not in admitted]
-            assert all(had_to_wait(other, output) for other in overtaken)
+            assert all(had_to_wait(other, output, self.setup.block_size) for other in overtaken)
         scheduled = {s.seq for s in output.scheduled}
         assert scheduled >= decoding.intersection(kept)
         assert scheduled >= {seq for seq in kept[:1] if seq.num_tokens < seq.max_num_tokens}
@@ -438,7 +444,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduled = {s.seq for s in output.scheduled}
         assert all(s.samples for s in output.scheduled)
         assert all(seq in scheduled or seq.num_tokens == seq.max_num_tokens for seq in running)
-        waiting = [seq for seq in self.scheduler.waiting if not had_to_wait(seq, output)]
+        waiting = [seq for seq in self.scheduler.waiting if not had_to_wait(seq, output, self.setup.block_size)]
         if waiting and len(running) < self.setup.max_num_seqs and not output.preempted:
             needed = self.setup.block_manager.num_blocks_for(waiting[0].num_tokens)
             assert needed > self.scheduler.num_available_blocks
