@@ -3,8 +3,9 @@
 // sequences with one new token each.
 //
 // Shapes: qkv [B, (Hq + 2 Hkv) D]; out [B, Hq D]; k_cache, v_cache [blocks, block_size, Hkv, D]; rope_table [positions,
-// D]; positions, slot_mapping, seq_lens [B]; block_tables [B, max_blocks]. G = Hq / Hkv is at most 8, D at most 128.
-// seq_lens counts the new token; slot -1 (padding) is not written. No sequence may see another one's new key.
+// D]; slot_mapping, seq_lens [B]; block_tables [B, max_blocks]. G = Hq / Hkv is at most 8, D at most 128. seq_lens
+// counts the new token, whose position is seq_len - 1; slot -1 (padding) is not written. No sequence may see another
+// one's new key.
 //
 // Why: with one sequence of some hundred tokens, attention is a chain of latencies. So
 //   - keys and values of earlier steps are loaded before griddepcontrol_wait, while the QKV projection still runs;
@@ -19,7 +20,7 @@
 // Bytes: K and V once, 4 D Hkv a key in 16 bits.
 //
 // H200, bf16, 16 query and 8 KV heads of 128, cache blocks of 16 in random order, graph of many launches, us (rope.cu
-// and paged_attention.cu in brackets), by cluster, warps and stages:
+// and the paged_attention.cu of then in brackets), by cluster, warps and stages:
 //   batch x context    8, 8, 1    8, 8, 2    8, 4, 1    4, 8, 1    4, 4, 2    2, 8, 1   apart
 //   1 x 256              3.31       3.51       3.15       2.95       2.83       3.04    (6.57)
 //   1 x 1024             4.04       4.63       4.74       5.01       5.97       7.64    (8.57)
@@ -37,7 +38,7 @@
 // Clusters of 16 (1 x 4096: 8.45, 1 x 256: 4.07) need a GPU with as many free multiprocessors in one place.
 // 166 registers instead of 128: the same.
 #include "cluster.cuh"
-#include "mma.cuh"
+#include "rope_heads.cuh"
 #include "softmax_state.cuh"
 
 constexpr int TILE = 16;  // keys of a warp at a time: the M of an mma
@@ -46,11 +47,10 @@ constexpr int HEADS = 8;  // query heads of a block, the N of an mma; some may b
 template <typename T, int D, int CLUSTER, int WARPS, int STAGES>
 __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(WARPS * WARP_SIZE, 16 / WARPS) decode_attention(
     T* out, const T* qkv, T* k_cache, T* v_cache, const float* __restrict__ rope_table, const T* __restrict__ q_norm,
-    const T* __restrict__ k_norm, const int* __restrict__ positions, const int* __restrict__ slot_mapping,
+    const T* __restrict__ k_norm, const int* __restrict__ slot_mapping,
     const int* __restrict__ seq_lens, const int* __restrict__ block_tables, int max_blocks, int block_size,
     int num_kv_heads, int group_size, float eps, float scale, int window) {
     constexpr int THREADS = WARPS * WARP_SIZE;
-    constexpr int MAX_TASKS = div_ceil(HEADS + 2, WARPS);  // heads that a warp prepares: those of q, one of k, one of v
     constexpr int ROW = D + 8;                          // padded rows, so that ldmatrix meets no bank twice
     constexpr int HALF_STAGE = TILE * ROW * sizeof(T);  // bytes of a warp's keys, or values, of one tile
     constexpr int WARP_BYTES = STAGES * 2 * HALF_STAGE;
@@ -108,72 +108,21 @@ __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(WARPS * WARP_SIZE, 1
     for (int i = 0; i < STAGES; i++) load(i, slots[i]);
     int slot_ahead = find_slot(STAGES);
 
-    // ---- q, k and v of the new token. A warp makes a head at a time; a lane has two neighbours from each half. ----
+    // ---- q, k and v of the new token ----
     const int newest = num_keys - 1, newest_tile = newest / TILE;
     const bool has_newest = num_keys > 0 && newest_tile % CLUSTER == rank;  // this block makes k and v, too
-    const int num_q_heads = num_kv_heads * group_size, num_tasks = has_newest ? group_size + 2 : group_size;
+    const int num_q_heads = num_kv_heads * group_size;
     const int64_t new_slot = slot_mapping[sequence];
-    const bool active = lane < D / 4;
-    float2 cos = {}, sin = {};
-    uint32_t norm_weights[2][2] = {};  // [q, k][half]
-    if (active) {
-        const float* cosines = rope_table + static_cast<int64_t>(positions[sequence]) * D + 2 * lane;
-        cos = __ldg(reinterpret_cast<const float2*>(cosines));
-        sin = __ldg(reinterpret_cast<const float2*>(cosines + D / 2));
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int i = half * (D / 2) + 2 * lane;
-            if (q_norm) norm_weights[0][half] = __ldg(reinterpret_cast<const uint32_t*>(q_norm + i));
-            if (q_norm) norm_weights[1][half] = __ldg(reinterpret_cast<const uint32_t*>(k_norm + i));
-        }
-    }
+    RopeLane<T, D> rope(q_norm, k_norm);
+    rope.load_position(rope_table, max(0, seq_len - 1));
     cluster_arrive();
     griddepcontrol_launch_dependents();
     griddepcontrol_wait();  // so far only lengths, weights and keys and values of earlier steps have been read
 
-    uint32_t heads[MAX_TASKS][2] = {};
-#pragma unroll
-    for (int n = 0; n < MAX_TASKS; n++) {
-        const int task = warp + n * WARPS;
-        const int head = task < group_size ? kv_head * group_size + task
-                                           : num_q_heads + (task - group_size) * num_kv_heads + kv_head;
-        const int64_t row = static_cast<int64_t>(sequence) * (num_q_heads + 2 * num_kv_heads) + head;
-        const T* source = qkv + row * D + 2 * lane;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            if (task >= num_tasks || !active) continue;
-            heads[n][half] = *reinterpret_cast<const uint32_t*>(source + half * (D / 2));
-        }
-    }
-#pragma unroll
-    for (int n = 0; n < MAX_TASKS; n++) {
-        const int task = warp + n * WARPS;
-        if (task >= num_tasks) break;  // the same for the whole warp
-        const bool is_q = task < group_size, is_v = task > group_size;
-        uint32_t (&x)[2] = heads[n];
-        if (!is_v) {
-            float2 first = unpack<T>(x[0]), second = unpack<T>(x[1]);
-            if (q_norm) {
-                const float squares = first.x * first.x + second.x * second.x + first.y * first.y + second.y * second.y;
-                const float factor = fast_rsqrt(warp_reduce_sum(squares) / D + eps);
-                const float2 w0 = unpack<T>(is_q ? norm_weights[0][0] : norm_weights[1][0]);
-                const float2 w1 = unpack<T>(is_q ? norm_weights[0][1] : norm_weights[1][1]);
-                first = unpack<T>(pack<T>(first.x * factor * w0.x, first.y * factor * w0.y));
-                second = unpack<T>(pack<T>(second.x * factor * w1.x, second.y * factor * w1.y));
-            }
-            x[0] = pack<T>(first.x * cos.x - second.x * sin.x, first.y * cos.y - second.y * sin.y);
-            x[1] = pack<T>(second.x * cos.x + first.x * sin.x, second.y * cos.y + first.y * sin.y);
-        }
-        if (!active) continue;
-        T* target = is_q ? q_shared[task] : new_kv[is_v];
-        T* cached = (is_v ? v_cache : k_cache) + (new_slot * num_kv_heads + kv_head) * D;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int i = half * (D / 2) + 2 * lane;
-            *reinterpret_cast<uint32_t*>(target + i) = x[half];
-            if (!is_q && new_slot >= 0) *reinterpret_cast<uint32_t*>(cached + i) = x[half];
-        }
-    }
+    make_heads<T, D, HEADS, WARPS, ROW>(
+        rope, qkv + static_cast<int64_t>(sequence) * (num_q_heads + 2 * num_kv_heads) * D, kv_head * group_size,
+        group_size, has_newest, kv_head, num_q_heads, num_kv_heads, eps, &q_shared[0][0], &new_kv[0][0], k_cache,
+        v_cache, new_slot);
     __syncthreads();
 
     // Q^T as B fragments; padding heads are zero.

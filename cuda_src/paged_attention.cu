@@ -5,45 +5,63 @@
 // Shapes: q, out [tokens, Hq, D]; k_cache, v_cache [blocks, block_size, Hkv, D]; block_tables [B, max_blocks];
 // G = Hq / Hkv. Sequence b's query is row cu_seqlens_q[b]; sequences with no or several queries are left alone.
 //
+// With ROPE the kernel takes the place of rope.cu, too, for steps in which every sequence has one new token: q is then
+// the QKV projection [B, (Hq + 2 Hkv) D], rope_table [positions, D], the new token's position seq_len - 1, slot_mapping
+// [B] where its key and value are cached (-1: nowhere). A block makes the q heads that it needs; who has the newest
+// keys of a sequence makes k and v. No sequence may see another one's new key. So all other keys and values can be
+// loaded while the kernel in front still runs.
+//
 // Who does what: the keys of each sequence and KV head are cut into tiles of 16 WARPS, all tiles of the batch are laid
 // end to end, and each block gets an equal share of them, whatever the lengths (stream-K; Osama et al., 2023): the
-// host needs to know none of them, and one long sequence among short ones keeps no one waiting. A block reads each
-// key once for all G query heads. Its warps work alone, each with its own ring of 16-key tiles in shared
-// memory (cp.async), on S^T = K Q^T and O^T = V^T P^T: the keys are the 16 rows of an mma, the heads its 8 columns,
-// so little is wasted when G is 4. A block's warps merge when a sequence and head is done; blocks that share one
-// leave partial results, and the last of them to arrive merges.
+// host needs to know none of them, and one long sequence among short ones keeps no one waiting. To begin with a
+// sequence and head counts as PIECE_COST tiles more, so that blocks with many short ones have no more to do than
+// others. A block reads each key once for all G query heads. Its warps work alone, each with its own ring of 16-key
+// tiles in shared memory (cp.async), on S^T = K Q^T and O^T = V^T P^T: the keys are the 16 rows of an mma, the heads
+// its 8 columns, so little is wasted when G is 4. A block's warps merge when a sequence and head is done; blocks that
+// share one leave partial results, and the last of them to arrive merges.
 //
 // Bytes: K and V once, 4 D Hkv a key in 16 bits; partial results add 2 (D + 2) floats a head at most twice a block.
 //
-// H200, bf16, 32 query and 8 KV heads of 128, cache blocks of 16 in random order, cold L2, graph of many launches
-// without overlap (batch x context; FlashAttention-3 in the same setting in brackets), us:
-//   1 x 128: 5.9   1 x 1024: 8.3 (16.9)   1 x 8192: 16.9 (26.6)   1 x 32768: 43.3 (55.4)   8 x 2048: 25.3 (36.1)
-//   64 x 2048: 137.7, 3.9 TB/s (148.6)   256 x 1024: 265, 4.05 TB/s (291)   256 x 2048: 508, 4.2 TB/s (525)
-//   256 x (100 to 2000): 287, 4.0 TB/s
-// Before and beside it, us:
+// H200, bf16, 8 KV heads of 128, cache blocks of 16 in random order, cold L2, graph of several launches (batch x
+// context), us; beside it what the bytes take at 4.32 TB/s:
+//                              256 x 279   256 x 558   256 x (100 to 1000)   256 x 2000   64 x 558   16 x 1000
+//   16 query heads, ROPE          82.5       151.4            151.1             501.5        44.6       24.9
+//     PIECE_COST 1                84.0       150.2            152.1             502.6        46.2       26.4
+//     PIECE_COST 0                81.8       151.6            157.7             502.9        48.8       24.4
+//     2 warps, 6 blocks an SM     81.9       151.8            150.9             505.1        47.0       27.4
+//   rope.cu, the kernel before    94.2       156.2            160.1             524.3        50.3       30.9
+//   32 query heads, ROPE                                      154.7                          45.7
+//   the bytes                     67.7       135.4            133.8             485.5        33.9       15.2
+// With 30 padding sequences beside 130 of 100 to 1000: 83.6 (91.2 before); they are skipped.
+// Earlier versions, without ROPE and PIECE_COST, launches not overlapping, us:
+//   1 x 128: 5.9  1 x 1024: 8.3  1 x 8192: 16.9  1 x 32768: 43.3  64 x 2048: 137.7  256 x 1024: 265  256 x 2048: 508
 //   two passes over the partial results, 8 at a time, a fence in every thread: 1 x 1024 8.5, 256 x 1024 269
 //   one pass, 64-bit division to find a block's share: 1 x 1024 9.3, 1 x 8192 22.8
-//   3 blocks a multiprocessor for small batches too: 1 x 8192 20.5; 2 for large ones: 256 x (100 to 2000) 297
+//   3 blocks a multiprocessor for small batches too: 1 x 8192 20.5
 //   3 stages, 2 blocks a multiprocessor: 256 x 1024 274; 4 stages, 1 block: 294
-//   8 warps, 1 block a multiprocessor: 256 x (100 to 2000) 321
 //   at least two tiles a block: 1 x 128 5.2, but 1 x 384 7.4 instead of 6.4
-//   the next piece's first tile loaded while a piece is merged, and the first one's before griddepcontrol.wait:
-//     256 x 1024 266.7, no gain, so what a batch of short contexts takes beyond its bytes (20 us) is elsewhere
+//   the next piece's first tile loaded while a piece is merged: no gain
+//   ROPE with the position and the norms' weights read for each piece: a decode step of Qwen3-0.6B with 256 sequences
+//     of 279 tokens 3.70 ms instead of 3.53, since what a piece waits for came one after the other
 #include "mma.cuh"
 #include "ragged.cuh"
+#include "rope_heads.cuh"
 #include "softmax_state.cuh"
 
 constexpr int WARP_KEYS = 16;  // keys of a warp in a tile: the M of an mma
 constexpr int STAGES = 2;       // tiles in shared memory
+constexpr int PIECE_COST = 2;   // of beginning with a sequence and head, in tiles
 constexpr int LONG_SHARE = 16;  // tiles a block: with that much to do for each, all blocks work
 
-template <typename T, int D, int WARPS, int N_TILES>
-__global__ void __launch_bounds__(WARPS * WARP_SIZE)
-    paged_attention(T* __restrict__ out, const T* __restrict__ q, const T* __restrict__ k_cache,
-                    const T* __restrict__ v_cache, const int* __restrict__ cu_seqlens_q,
+template <typename T, int D, int WARPS, int N_TILES, bool ROPE>
+__global__ void __launch_bounds__(WARPS * WARP_SIZE, D <= 128 && N_TILES == 1 ? 12 / WARPS : 2)
+    paged_attention(T* out, const T* q, T* k_cache, T* v_cache, const int* __restrict__ cu_seqlens_q,
                     const int* __restrict__ seq_lens, const int* __restrict__ block_tables,
-                    uint8_t* __restrict__ partials, int* __restrict__ arrivals, int few_blocks, int num_sequences,
-                    int max_blocks, int block_size, int num_kv_heads, int group_size, float scale, int window) {
+                    const float* __restrict__ rope_table, const T* __restrict__ q_norm, const T* __restrict__ k_norm,
+                    const int* __restrict__ slot_mapping, uint8_t* __restrict__ partials,
+                    int* __restrict__ arrivals, int few_blocks, int num_sequences,
+                    int max_blocks, int block_size, int num_kv_heads, int group_size, float eps, float scale,
+                    int window) {
     constexpr int THREADS = WARPS * WARP_SIZE, TILE_KEYS = WARPS * WARP_KEYS;
     constexpr int HEADS = 8 * N_TILES;                       // query heads of a block, some may be padding
     constexpr int ROW = D + 8;                               // padded rows, so that ldmatrix meets no bank twice
@@ -58,6 +76,8 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
 
     extern __shared__ __align__(16) uint8_t shared[];  // [WARPS][STAGES][keys, values][WARP_KEYS][ROW]
     __shared__ bool is_last;
+    __shared__ __align__(16) T q_shared[ROPE ? HEADS : 1][ROW];
+    __shared__ __align__(16) T new_kv[2][ROPE ? D : 1];
 
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
     const int group = lane / 4, pair = lane % 4 * 2;
@@ -67,13 +87,14 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
     // ---- this block's share of all tiles, which follow one another by sequence, then head, then key ----
     const int head_parts = div_ceil(group_size, HEADS);
     const int num_heads = num_kv_heads * head_parts;  // blocks that read a key: one a KV head, unless groups are large
-    const auto num_tiles = [&](int i) {               // of one head; a padding sequence has one, which writes zeros
-        const bool decodes = cu_seqlens_q[i + 1] - cu_seqlens_q[i] == 1;
-        return decodes ? max(1, div_ceil(min(seq_lens[i], window), TILE_KEYS)) : 0;
+    const auto num_units = [&](int i) {               // of one head: tiles, and what it takes to begin; 1 for padding
+        const bool decodes = ROPE || cu_seqlens_q[i + 1] - cu_seqlens_q[i] == 1;
+        const int tiles = div_ceil(min(seq_lens[i], window), TILE_KEYS);
+        return !decodes ? 0 : tiles > 0 ? tiles + PIECE_COST : 1;
     };
-    int share;  // tiles of a block; those of block b begin at b share
+    int share;  // units of a block; those of block b begin at b share
     const RaggedPlace place = find_ragged<THREADS>(
-        num_sequences, [&](int i) { return num_tiles(i) * num_heads; },
+        num_sequences, [&](int i) { return num_units(i) * num_heads; },
         [&](int total) {
             // A small batch goes to few_blocks: they keep the memory as busy, and leave less to merge.
             share = max(div_ceil(total, static_cast<int>(gridDim.x)), min(div_ceil(total, few_blocks), LONG_SHARE));
@@ -81,27 +102,51 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
         });
     const int begin = blockIdx.x * share, end = min(begin + share, place.total);
 
-    griddepcontrol_wait();  // so far only lengths have been read, which no kernel of the step writes
     griddepcontrol_launch_dependents();
+    RopeLane<T, D <= 128 ? D : 128> rope(ROPE ? q_norm : nullptr, k_norm);
+    bool waited = !ROPE;  // so far only lengths have been read, which no kernel of the step writes
+    if (waited) griddepcontrol_wait();
 
     int sequence = place.sequence, item = place.item;
     for (int next = begin; next < end;) {
         // ---- one piece of work: tiles [first_tile, first_tile + count) of one sequence and head ----
-        const int tiles = num_tiles(sequence);
-        const int head = item / tiles, first_tile = item % tiles;
-        const int count = min(tiles - first_tile, end - next);
+        const int units = num_units(sequence), head = item / units, first_unit = item % units;
+        const int piece_units = min(units - first_unit, end - next);
+        const int first_tile = max(0, first_unit - PIECE_COST);
+        const int count = first_unit + piece_units - PIECE_COST - first_tile;  // below 1 for a piece without a tile
         const int kv_head = head / head_parts, first_member = head % head_parts * HEADS;
         const int members = min(HEADS, group_size - first_member);
-        const int64_t token = cu_seqlens_q[sequence];
+        const int64_t token = ROPE ? sequence : cu_seqlens_q[sequence];
         const int64_t q_row = (token * num_kv_heads + kv_head) * group_size + first_member;
-        const int seq_len = seq_lens[sequence];
+        const int seq_len = seq_lens[sequence], cached_len = ROPE ? seq_len - 1 : seq_len;
         const int warp_begin = max(0, seq_len - window) + first_tile * TILE_KEYS + warp * WARP_KEYS;
         const int* block_table = block_tables + static_cast<int64_t>(sequence) * max_blocks;
+        const auto go_on = [&] {  // to the next piece
+            next += piece_units;
+            item += piece_units;
+            if (item == units * num_heads) {
+                item = 0;
+                do sequence++;
+                while (next < end && num_units(sequence) == 0);
+            }
+        };
+        if (seq_len == 0) {  // padding
+            if (!waited) griddepcontrol_wait();
+            waited = true;
+            for (int i = threadIdx.x; i < members * (D / 8); i += THREADS) {
+                *reinterpret_cast<uint4*>(out + q_row * D + i * 8) = make_uint4(0, 0, 0, 0);
+            }
+        }
+        if (seq_len == 0 || count < 1) {
+            go_on();
+            continue;
+        }
 
-        // Lanes 0 to 15, and again 16 to 31, know the cache slots of the warp's keys in a tile; -1 beyond the end.
+        // Lanes 0 to 15, and again 16 to 31, know the cache slots of the warp's keys in a tile; -1 without one.
         const auto find_slot = [&](int tile) {
             const int key = warp_begin + tile * TILE_KEYS + lane % WARP_KEYS;
-            return tile < count && key < seq_len ? block_table[key / block_size] * block_size + key % block_size : -1;
+            if (tile >= count || key >= cached_len) return -1;
+            return block_table[key / block_size] * block_size + key % block_size;
         };
         const auto load = [&](int tile, int lane_slot) {
             const uint32_t stage = stages + tile % STAGES * (2 * HALF_STAGE);
@@ -124,19 +169,34 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
 #pragma unroll
         for (int i = 0; i < STAGES; i++) slots[i] = find_slot(i);
 #pragma unroll
-        for (int i = 0; i < STAGES - 1; i++) load(i, slots[i]);
-        int slot_ahead = slots[STAGES - 1];
+        for (int i = 0; i < STAGES; i++) load(i, slots[i]);
+        int slot_ahead = find_slot(STAGES);
 
-        // Q^T as B fragments; padding heads are zero.
-        uint32_t q_b[D / 16][N_TILES][2];
+        const int newest = seq_len - 1 - warp_begin;  // from the warp's first key on: where the newest one is
+        if constexpr (ROPE) {
+            rope.load_position(rope_table, seq_len - 1);
+            const int num_q_heads = num_kv_heads * group_size;
+            const bool has_newest = first_unit + piece_units == units;
+            const int64_t slot = first_member == 0 ? slot_mapping[token] : -1;
+            if (!waited) griddepcontrol_wait();  // the keys and values were written by earlier steps
+            waited = true;
+            make_heads<T, D, HEADS, WARPS, ROW>(
+                rope, q + token * (num_q_heads + 2 * num_kv_heads) * D, kv_head * group_size + first_member, members,
+                has_newest, kv_head, num_q_heads, num_kv_heads, eps, &q_shared[0][0], &new_kv[0][0], k_cache, v_cache,
+                slot);
+            __syncthreads();
+        }
+
+        uint32_t q_b[D / 16][N_TILES][2];  // Q^T as B fragments; padding heads are zero
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
 #pragma unroll
             for (int n = 0; n < N_TILES; n++) {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const T* p = q + (q_row + n * 8 + group) * D + k * 16 + i * 8 + pair;
-                    q_b[k][n][i] = n * 8 + group < members ? *reinterpret_cast<const uint32_t*>(p) : 0;
+                    const int member = n * 8 + group, column = k * 16 + i * 8 + pair;
+                    const T* p = ROPE ? &q_shared[ROPE ? member : 0][column] : q + (q_row + member) * D + column;
+                    q_b[k][n][i] = member < members ? *reinterpret_cast<const uint32_t*>(p) : 0;
                 }
             }
         }
@@ -150,11 +210,20 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
         const uint32_t v_lane = ((lane % 8 + lane / 16 * 8) * ROW + lane / 8 % 2 * 8) * sizeof(T);
 
         for (int tile = 0; tile < count; tile++) {
-            __syncwarp();  // all lanes are done with the stage that is filled next
-            load(tile + STAGES - 1, slot_ahead);
-            slot_ahead = find_slot(tile + STAGES);
+            // With ROPE the newest key and value come from this block, not from the cache.
+            const auto insert_newest = [&](int kv) {
+                const int row = newest - tile * TILE_KEYS;
+                if (!ROPE || row < 0 || row >= WARP_KEYS) return;
+                T* keys = reinterpret_cast<T*>(warp_shared + (tile % STAGES * 2 + kv) * HALF_STAGE);
+                if (lane < D / 8) {
+                    *reinterpret_cast<uint4*>(keys + row * ROW + lane * 8) =
+                        *reinterpret_cast<const uint4*>(&new_kv[kv][ROPE ? lane * 8 : 0]);
+                }
+                __syncwarp();
+            };
             cp_async_wait<2 * STAGES - 1>();
             __syncwarp();  // the keys are there
+            insert_newest(0);
 
             // S^T = K Q^T, in two chains of half the length
             float s[N_TILES][2][4] = {};
@@ -213,6 +282,7 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
 
             cp_async_wait<2 * STAGES - 2>();
             __syncwarp();  // the values are there
+            insert_newest(1);
 
             // O^T += V^T P^T
 #pragma unroll
@@ -222,6 +292,9 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
 #pragma unroll
                 for (int n = 0; n < N_TILES; n++) mma<T>(o[m][n], a, p[n][0], p[n][1]);
             }
+            __syncwarp();  // all lanes are done with the stage
+            load(tile + STAGES, slot_ahead);
+            slot_ahead = find_slot(tile + STAGES + 1);
         }
 
         // ---- merge the warps, through the shared memory that the keys and values have left ----
@@ -281,8 +354,8 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
         merge(WARPS, WARP_BYTES);
 
         // ---- merge the blocks that share this sequence and head: first_block to last_block ----
-        const int tiles_begin = next - first_tile;  // where the tiles of this sequence and head begin
-        const int first_block = tiles_begin / share, last_block = (tiles_begin + tiles - 1) / share;
+        const int tiles_begin = next - first_unit + PIECE_COST;  // where the tiles of this sequence and head begin
+        const int first_block = tiles_begin / share, last_block = (tiles_begin + units - PIECE_COST - 1) / share;
         if (first_block == last_block) {
             write_out();
         } else {
@@ -326,14 +399,8 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
             }
         }
 
-        // ---- the next piece ----
-        next += count;
-        item += count;
-        if (item == tiles * num_heads) {
-            item = 0;
-            do sequence++;
-            while (next < end && num_tiles(sequence) == 0);
-        }
+        go_on();
         __syncthreads();  // the results in shared memory have been read
     }
+    if (!waited) griddepcontrol_wait();
 }

@@ -31,8 +31,8 @@ __device__ inline void normalize_vectors(
         const int v = i * blockDim.x + threadIdx.x;
         if (v < num_vectors) w[i] = V::load_readonly(weight + v * V::SIZE);
     }
-    griddepcontrol_wait();
     griddepcontrol_launch_dependents();
+    griddepcontrol_wait();
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {  // all loads first: they wait for memory together
         const int v = i * blockDim.x + threadIdx.x;
@@ -72,8 +72,8 @@ __device__ inline void normalize_vectors(
 template <typename T, bool ADD>
 __device__ inline void normalize_elements(
     const T* x, T* residual, const T* weight, T* out, int hidden_size, float eps) {
-    griddepcontrol_wait();
     griddepcontrol_launch_dependents();
+    griddepcontrol_wait();
     float sum = 0.0f;
     for (int i = threadIdx.x; i < hidden_size; i += blockDim.x) {
         float value = to_float(x[i]);

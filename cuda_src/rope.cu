@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(512) rope_store_kv(
             if (k_norm) k_weight[half][s] = V::load_readonly(k_norm + half * HALF + i);
         }
     }
-    griddepcontrol_wait();
     griddepcontrol_launch_dependents();
+    griddepcontrol_wait();
 
     const int64_t slot = slot_mapping[token];
     const float* cosines = rope_table + int64_t(positions[token]) * D;

@@ -16,8 +16,8 @@ template <typename T, int SIZE>
 __global__ void __launch_bounds__(256) silu_and_mul(
     const T* gate_up, T* out, int intermediate_size, int blocks_per_row) {
     using V = Vec<T, SIZE>;
-    griddepcontrol_wait();
     griddepcontrol_launch_dependents();
+    griddepcontrol_wait();
     const int64_t row = blockIdx.x / blocks_per_row;
     const int column = (blockIdx.x % blocks_per_row * blockDim.x + threadIdx.x) * SIZE;
     if (column >= intermediate_size) return;

@@ -20,6 +20,12 @@ __device__ inline uint32_t cluster_address(uint32_t address, int rank) {
 #endif
 }
 
+__device__ inline void cluster_store(uint32_t address, float value) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+#endif
+}
+
 __device__ inline void cluster_store(uint32_t address, float2 value) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(value.x), "f"(value.y) : "memory");
@@ -32,6 +38,22 @@ __device__ inline void cluster_store(uint32_t address, float4 value) {
                  "f"(value.z), "f"(value.w)
                  : "memory");
 #endif
+}
+
+// How many blocks this block's cluster has, and which of them it is. A launch without clusters makes clusters of one.
+__device__ inline int cluster_size() {
+    int size = 1;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+    return size;
+}
+__device__ inline int cluster_rank() {
+    int rank = 0;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return rank;
 }
 
 // A barrier of all threads of the cluster, in two halves. What was written before arriving is seen after waiting.

@@ -151,11 +151,15 @@ struct alignas(sizeof(T) * N) Vec {
 // ---- programmatic dependent launch (Hopper and later) -----------------------------------------------------------
 //
 // A kernel launched with Kernel(..., pdl=True) may start while the kernel before it is still finishing. Until
-// griddepcontrol_wait() returns it must neither read what earlier kernels wrote nor write what they may read: only
-// weights and tables may be loaded before. Every such kernel calls it in all threads, also when it has nothing to wait
-// for itself, because the kernel after it relies on it for everything further back. No pointer to what an earlier
-// kernel writes may be `const` and `__restrict__`: that promises the compiler that the values never change, and it
-// moves their loads to the front, or through the non-coherent cache.
+// griddepcontrol_wait() returns it must neither read what earlier kernels of the step wrote nor write what they may
+// read: only weights, tables, and keys and values of earlier steps may be loaded before. Every such kernel calls it in
+// all threads, also when it has nothing to wait for itself, because the kernel after it relies on it for everything
+// further back. No pointer to what an earlier kernel writes may be `const` and `__restrict__`: that promises the
+// compiler that the values never change, and it moves their loads to the front, or through the non-coherent cache.
+//
+// A kernel may call griddepcontrol_launch_dependents() before it waits, so that its successor has its weights loaded in
+// time; then several kernels are under way at once. embedding.cu, the first of a step, calls it only after its wait:
+// nothing of a step starts before all earlier work has ended.
 
 __device__ inline void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900

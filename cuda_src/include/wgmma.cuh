@@ -11,6 +11,12 @@
 
 constexpr int SWIZZLE_ROW = 128;  // bytes
 
+// Describes a matrix in global memory to the copy engine (CUtensorMap, made by the host): a `const __grid_constant__`
+// parameter of the kernel.
+struct alignas(64) TensorMap {
+    uint8_t bytes[128];
+};
+
 #if __CUDA_ARCH__ == 900 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HAS_WGMMA 1
 
@@ -28,6 +34,11 @@ __device__ inline void mbarrier_arrive(uint32_t barrier) {
 // Arrives when all cp.async of this thread so far have written their data.
 __device__ inline void mbarrier_arrive_after_cp_async(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and makes the phase wait for `bytes` more from the copy engine.
+__device__ inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 // Waits for the phase of the given parity to complete.
@@ -65,6 +76,22 @@ __device__ inline void register_limit_raise() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
+// ---- the tensor memory accelerator --------------------------------------------------------------------------------
+
+__device__ inline void prefetch_tensor_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Copies the map's box of rows, from `row` and `column` on, to shared memory, swizzled; then the barrier gets the box's
+// bytes. What lies outside the matrix is zero. Called by one thread.
+__device__ inline void copy_box(uint32_t destination, const TensorMap& map, int column, int row, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            destination),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
 // ---- products -------------------------------------------------------------------------------------------------
 
 // Describes an operand to the tensor cores: where it starts (in a tile's first 8 rows) and how far the next 8 rows are.
@@ -98,15 +125,19 @@ template <>
 constexpr bool IS_BF16<bf16> = true;
 
 #define C1(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
-#define C8(i) C1(i), C1(i + 1), C1(i + 2), C1(i + 3), C1(i + 4), C1(i + 5), C1(i + 6), C1(i + 7)
-#define REGISTERS_32                                                                                         \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "  \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define REGISTERS_64                                                                                         \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "  \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "   \
-    "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "   \
-    "%62, %63}"
+#define C2(i) C1(i), C1(i + 1)
+#define C4(i) C2(i), C2(i + 2)
+#define C8(i) C4(i), C4(i + 4)
+#define C16(i) C8(i), C8(i + 8)
+#define TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define TO_29 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " TEN(1) TEN(2)
+#define TO_89 TO_29 TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8)
+#define REGISTERS_8 "{%0, %1, %2, %3, %4, %5, %6, %7}"
+#define REGISTERS_16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
+#define REGISTERS_32 TO_29 "%30, %31}"
+#define REGISTERS_64 TO_29 TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63}"
+#define REGISTERS_96 TO_89 "%90, %91, %92, %93, %94, %95}"
+#define REGISTERS_128 TO_89 TEN(9) TEN(10) TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127}"
 
 // c = A B^T, or c += A B^T: A [64, 16], B [8 N, 16], both tiles of rows along the summed dimension.
 #define WGMMA_ROWS(SHAPE, TYPE, REGISTERS, A, B, ACCUMULATE)                                              \
@@ -114,6 +145,28 @@ constexpr bool IS_BF16<bf16> = true;
                  ".f32." TYPE " " REGISTERS ", %" A ", %" B ", p, 1, 1, 0, 0; }"                          \
                  : OPERANDS                                                                               \
                  : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
+
+template <typename T>
+__device__ inline void wgmma(float (&c)[2][4], uint64_t a, uint64_t b, bool accumulate) {
+#define OPERANDS C2(0)
+    if constexpr (IS_BF16<T>) {
+        WGMMA_ROWS("m64n16k16", "bf16.bf16", REGISTERS_8, "8", "9", "10");
+    } else {
+        WGMMA_ROWS("m64n16k16", "f16.f16", REGISTERS_8, "8", "9", "10");
+    }
+#undef OPERANDS
+}
+
+template <typename T>
+__device__ inline void wgmma(float (&c)[4][4], uint64_t a, uint64_t b, bool accumulate) {
+#define OPERANDS C4(0)
+    if constexpr (IS_BF16<T>) {
+        WGMMA_ROWS("m64n32k16", "bf16.bf16", REGISTERS_16, "16", "17", "18");
+    } else {
+        WGMMA_ROWS("m64n32k16", "f16.f16", REGISTERS_16, "16", "17", "18");
+    }
+#undef OPERANDS
+}
 
 template <typename T>
 __device__ inline void wgmma(float (&c)[8][4], uint64_t a, uint64_t b, bool accumulate) {
@@ -128,11 +181,33 @@ __device__ inline void wgmma(float (&c)[8][4], uint64_t a, uint64_t b, bool accu
 
 template <typename T>
 __device__ inline void wgmma(float (&c)[16][4], uint64_t a, uint64_t b, bool accumulate) {
-#define OPERANDS C8(0), C8(8)
+#define OPERANDS C16(0)
     if constexpr (IS_BF16<T>) {
         WGMMA_ROWS("m64n128k16", "bf16.bf16", REGISTERS_64, "64", "65", "66");
     } else {
         WGMMA_ROWS("m64n128k16", "f16.f16", REGISTERS_64, "64", "65", "66");
+    }
+#undef OPERANDS
+}
+
+template <typename T>
+__device__ inline void wgmma(float (&c)[24][4], uint64_t a, uint64_t b, bool accumulate) {
+#define OPERANDS C16(0), C8(16)
+    if constexpr (IS_BF16<T>) {
+        WGMMA_ROWS("m64n192k16", "bf16.bf16", REGISTERS_96, "96", "97", "98");
+    } else {
+        WGMMA_ROWS("m64n192k16", "f16.f16", REGISTERS_96, "96", "97", "98");
+    }
+#undef OPERANDS
+}
+
+template <typename T>
+__device__ inline void wgmma(float (&c)[32][4], uint64_t a, uint64_t b, bool accumulate) {
+#define OPERANDS C16(0), C16(16)
+    if constexpr (IS_BF16<T>) {
+        WGMMA_ROWS("m64n256k16", "bf16.bf16", REGISTERS_128, "128", "129", "130");
+    } else {
+        WGMMA_ROWS("m64n256k16", "f16.f16", REGISTERS_128, "128", "129", "130");
     }
 #undef OPERANDS
 }
@@ -157,7 +232,7 @@ __device__ inline void wgmma(float (&c)[8][4], const uint32_t (&a)[4], uint64_t 
 
 template <typename T>
 __device__ inline void wgmma(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
-#define OPERANDS C8(0), C8(8)
+#define OPERANDS C16(0)
     if constexpr (IS_BF16<T>) {
         WGMMA_COLUMNS("m64n128k16", "bf16.bf16", REGISTERS_64, "64", "65", "66", "67", "68");
     } else {
@@ -167,9 +242,19 @@ __device__ inline void wgmma(float (&c)[16][4], const uint32_t (&a)[4], uint64_t
 }
 
 #undef C1
+#undef C2
+#undef C4
 #undef C8
+#undef C16
+#undef TEN
+#undef TO_29
+#undef TO_89
+#undef REGISTERS_8
+#undef REGISTERS_16
 #undef REGISTERS_32
 #undef REGISTERS_64
+#undef REGISTERS_96
+#undef REGISTERS_128
 #undef WGMMA_ROWS
 #undef WGMMA_COLUMNS
 

@@ -23,6 +23,9 @@ from mini_vllm.ops.cuda.elementwise import HEAD_DIMS, check_rope
 from mini_vllm.ops.cuda.kernel import DTYPES, Kernel, type_name
 
 MAX_HEAD_DIM = 256
+MAX_ROPE_HEAD_DIM = 128
+"""Up to which decoding kernels make q, k and v themselves: a warp holds four elements of a head in each lane."""
+
 HOPPER = (9, 0)
 NO_WINDOW = 1 << 30  # beyond any position
 
@@ -126,11 +129,11 @@ class DecodeTile:
         """As many as the GPU can run at once."""
         # A multiprocessor has 1 KiB more than one block may take, and each block costs 1 KiB besides its own.
         per_sm = (info.max_shared_memory + 1024) // (self.shared_memory(head_dim, itemsize) + 1024 + 32)
-        return info.num_sms * max(1, min(per_sm, self.MAX_BLOCKS_PER_SM))
+        return info.num_sms * max(1, min(per_sm, self.MAX_BLOCKS_PER_SM if self.n_tiles == 1 else 2))
 
-    def kernel(self, dtype: np.dtype, head_dim: int) -> Kernel:
-        name = f"paged_attention<{type_name(dtype)}, {head_dim}, {self.warps}, {self.n_tiles}>"
-        return _kernel("paged_attention.cu", name)
+    def kernel(self, dtype: np.dtype, head_dim: int, rope: bool) -> Kernel:
+        parameters = f"{type_name(dtype)}, {head_dim}, {self.warps}, {self.n_tiles}, {str(rope).lower()}"
+        return _kernel("paged_attention.cu", f"paged_attention<{parameters}>")
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,6 @@ class ClusterTile:
     warps: int  # of a block
     stages: int  # tiles of 16 keys in shared memory, for each warp
 
-    MAX_HEAD_DIM = 128
     MAX_GROUP_SIZE = 8
 
     @staticmethod
@@ -202,8 +204,10 @@ def instances(
                 kernels.append(PrefillTile.of(head_dim).kernel(dtype, head_dim))
             if compute_capability in (HOPPER, None):
                 kernels.append(HopperTile.kernel(dtype, head_dim))
-            kernels += [DecodeTile.of(head_dim, group_size).kernel(dtype, head_dim) for group_size in (8, 16)]
-            if head_dim <= ClusterTile.MAX_HEAD_DIM and (compute_capability is None or compute_capability >= HOPPER):
+            for group_size in (8, 16):
+                tile = DecodeTile.of(head_dim, group_size)
+                kernels += [tile.kernel(dtype, head_dim, rope) for rope in (False, head_dim <= MAX_ROPE_HEAD_DIM)]
+            if head_dim <= MAX_ROPE_HEAD_DIM and (compute_capability is None or compute_capability >= HOPPER):
                 tiles = (*FEW_SEQUENCES.values(), *MORE_SEQUENCES.values())
                 kernels += [tile.kernel(dtype, head_dim) for tile in tiles]
     return list(dict.fromkeys(kernels))
@@ -274,13 +278,26 @@ class Attention:
             tile.kernel(dtype, head_dim)((num_tiles * num_kv_heads,), (THREADS,), args, shared)
 
         if meta.max_seqlen_q <= 1 or num_sequences > 1 or num_tokens == 1:
-            tile = DecodeTile.of(head_dim, group_size)
-            blocks = tile.blocks(head_dim, dtype.itemsize, self._info)
-            few_blocks = np.int32(min(blocks, DecodeTile.FEW_BLOCKS_PER_SM * self._info.num_sms))
-            args = (*arrays, self._partials, self._arrivals, few_blocks, *sizes, *rules)
-            shared = tile.shared_memory(head_dim, dtype.itemsize)
-            tile.kernel(dtype, head_dim)((blocks,), (tile.threads,), args, shared)
+            self._decode(arrays, (None,) * 4, sizes, 0.0, rules, head_dim, group_size)
         return out
+
+    def _decode(
+        self,
+        arrays: tuple[Array, ...],
+        rope: tuple[Array | None, ...],
+        sizes: tuple[np.int32, ...],
+        eps: float,
+        rules: tuple[np.float32, np.int32],
+        head_dim: int,
+        group_size: int,
+    ) -> None:
+        """Launch paged_attention.cu; rope: rope_table, q_norm, k_norm, slot_mapping, or None: q is made."""
+        dtype, tile = arrays[0].dtype, DecodeTile.of(head_dim, group_size)
+        blocks = tile.blocks(head_dim, dtype.itemsize, self._info)
+        few_blocks = np.int32(min(blocks, DecodeTile.FEW_BLOCKS_PER_SM * self._info.num_sms))
+        args = (*arrays, *rope, self._partials, self._arrivals, few_blocks, *sizes, np.float32(eps), *rules)
+        shared = tile.shared_memory(head_dim, dtype.itemsize)
+        tile.kernel(dtype, head_dim, rope[0] is not None)((blocks,), (tile.threads,), args, shared)
 
     def with_rope(
         self,
@@ -296,35 +313,59 @@ class Attention:
         scale: float,
         window: int | None = None,
     ) -> Array | None:
-        """`Ops.rope_attention` in one launch, for decode steps of few sequences; None for all others."""
+        """`Ops.rope_attention` in one launch, for decode steps; None for all others."""
         num_tokens, width = qkv.shape
         block_size, num_kv_heads, head_dim = k_cache.shape[1:]
         num_q_heads = width // head_dim - 2 * num_kv_heads
-        group_size = num_q_heads // num_kv_heads
-        tile = ClusterTile.of(num_tokens, num_kv_heads)
+        group_size, num_sequences = num_q_heads // num_kv_heads, len(meta.seq_lens)
+        # That no sequence sees another one's new key is what lets a block make it for itself, and load others early.
         if not (
-            tile is not None
-            and tile.shared_memory(head_dim, group_size, qkv.itemsize) + 4096 <= self._info.max_shared_memory
-            and self._info.compute_capability >= HOPPER
+            meta.max_seqlen_q == 1
+            and 0 < num_tokens == num_sequences
             and _uses_tensor_cores(qkv.dtype, head_dim)
-            and head_dim <= ClusterTile.MAX_HEAD_DIM
-            and group_size <= ClusterTile.MAX_GROUP_SIZE
-            and meta.max_seqlen_q == 1
-            and 0 < num_tokens == len(meta.seq_lens)
+            and head_dim <= MAX_ROPE_HEAD_DIM
         ):
             return None
         check_rope(qkv, positions, rope_table, q_norm, k_norm, k_cache, v_cache, meta.slot_mapping)
         self._check(qkv.reshape(num_tokens, -1, head_dim)[:, :num_q_heads], k_cache, v_cache, meta, scale, window)
         out = cupy.empty((num_tokens, num_q_heads * head_dim), qkv.dtype)
+        rope = rope_table, q_norm, k_norm, meta.slot_mapping
         sizes = tuple(map(np.int32, (meta.block_tables.shape[1], block_size, num_kv_heads, group_size)))
-        args = (
-            out, qkv, k_cache, v_cache, rope_table, q_norm, k_norm, positions, meta.slot_mapping, meta.seq_lens,
-            meta.block_tables, *sizes, np.float32(eps), np.float32(scale),
-            np.int32(NO_WINDOW if window is None else min(window, NO_WINDOW)),
-        )  # fmt: skip
-        shared = tile.shared_memory(head_dim, group_size, qkv.itemsize)
-        tile.kernel(qkv.dtype, head_dim)((tile.blocks, num_kv_heads, num_tokens), (32 * tile.warps,), args, shared)
+        rules = np.float32(scale), np.int32(NO_WINDOW if window is None else min(window, NO_WINDOW))
+        tile = self._cluster_tile(num_tokens, num_kv_heads, group_size, head_dim, qkv.itemsize)
+        if tile is None:
+            arrays = (out, qkv, k_cache, v_cache, meta.cu_seqlens_q, meta.seq_lens, meta.block_tables)
+            self._decode(arrays, rope, (np.int32(num_sequences), *sizes), eps, rules, head_dim, group_size)
+        else:
+            args = (
+                out,
+                qkv,
+                k_cache,
+                v_cache,
+                *rope,
+                meta.seq_lens,
+                meta.block_tables,
+                *sizes,
+                np.float32(eps),
+                *rules,
+            )
+            shared = tile.shared_memory(head_dim, group_size, qkv.itemsize)
+            tile.kernel(qkv.dtype, head_dim)((tile.blocks, num_kv_heads, num_tokens), (32 * tile.warps,), args, shared)
         return out
+
+    def _cluster_tile(
+        self, num_sequences: int, num_kv_heads: int, group_size: int, head_dim: int, itemsize: int
+    ) -> ClusterTile | None:
+        """The shape of decode_attention.cu where that is the way to go; else paged_attention.cu is."""
+        tile = ClusterTile.of(num_sequences, num_kv_heads)
+        if (
+            tile is not None
+            and self._info.compute_capability >= HOPPER
+            and group_size <= ClusterTile.MAX_GROUP_SIZE
+            and tile.shared_memory(head_dim, group_size, itemsize) + 4096 <= self._info.max_shared_memory
+        ):
+            return tile
+        return None
 
     @staticmethod
     def _check(

@@ -47,7 +47,10 @@ class CompileError(RuntimeError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a `__global__` function. dtype is None for `void*`, which takes any array."""
+    """One parameter of a `__global__` function.
+
+    dtype is None for `void*`, which takes any array, and for a TensorMap (wgmma.cuh), which is no pointer.
+    """
 
     name: str
     is_pointer: bool
@@ -211,10 +214,10 @@ def parse_signature(source: str, name: str) -> tuple[Parameter, ...]:
             raise ValueError(f"kernel {base!r}: cannot read the parameter {declaration!r}")
         ctype = " ".join(spelled[1].split())
         ctype, is_pointer = types.get(ctype, ctype), bool(spelled[2])
-        if ctype not in _DTYPES and not (ctype == "void" and is_pointer):
+        if ctype not in _DTYPES and (ctype, is_pointer) not in (("void", True), ("TensorMap", False)):
             known = ", ".join(_DTYPES)
-            raise ValueError(f"kernel {base!r}: the type of {declaration!r} is not one of {known}, void*")
-        dtype = np.dtype(_DTYPES[ctype]) if ctype != "void" else None
+            raise ValueError(f"kernel {base!r}: the type of {declaration!r} is not one of {known}, void*, TensorMap")
+        dtype = np.dtype(_DTYPES[ctype]) if ctype in _DTYPES else None
         parameters.append(Parameter(spelled[3], is_pointer, dtype))
     return tuple(parameters)
 

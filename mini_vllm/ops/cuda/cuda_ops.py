@@ -59,7 +59,7 @@ class CudaOps(Compositions):
         """
         return compile_all(instances([self.dtype], [head_dim]))
 
-    def tune(self, rows: Sequence[int], weights: Sequence[Weight], head: Weight) -> None:
+    def tune(self, rows: Sequence[int], weights: Sequence[Weight], head: Weight | None = None) -> None:
         """Measure the best way to multiply so many rows with each of these weights; see `Gemm.tune`."""
         self._gemm.tune(rows, weights, head)
 
@@ -150,8 +150,17 @@ class CudaOps(Compositions):
         self, x: Array, residual: Array | None, norm_weight: Array, eps: float, gate_up: Weight
     ) -> tuple[Array, Array]:
         norm = gemm.Norm(norm_weight, eps, residual)
-        fused = self._gemm.norm_linear(x, norm, gate_up, swiglu=True)
-        return fused or super().add_norm_swiglu(x, residual, norm_weight, eps, gate_up)
+        if fused := self._gemm.norm_linear(x, norm, gate_up, swiglu=True):
+            return fused
+        hidden, residual = self._add_norm(x, residual, norm_weight, eps)
+        gated = self._gemm.swiglu(hidden, gate_up)
+        return self.silu_and_mul(self.linear(hidden, gate_up)) if gated is None else gated, residual
+
+    def _add_norm(self, x: Array, residual: Array | None, norm_weight: Array, eps: float) -> tuple[Array, Array]:
+        """(norm, new residual) of `Ops.add_norm_linear`."""
+        if residual is None:
+            return self.rms_norm(x, norm_weight, eps), x
+        return self.add_rms_norm(x, residual, norm_weight, eps)
 
     # ---- attention ----------------------------------------------------------------------------------------
 

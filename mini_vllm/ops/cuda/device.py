@@ -187,22 +187,24 @@ class GPUBuffer:
 
     Attributes:
         data: the CuPy array.
-        host: the pinned NumPy array of the same shape and dtype. Between a copy and the next synchronisation it
-            belongs to the GPU.
-        hosts: all such twins, of which `host` is one; `flip` makes the next one `host`, so that it can be filled
-            while copies of the last one are still under way.
+        hosts: pinned NumPy arrays of the same shape and dtype.
+        host: one of them. Between a copy and the next synchronisation it belongs to the GPU; `flip` makes the next
+            one `host`, so that it can be filled while copies of the last one are still under way.
     """
 
     def __init__(self, shape: int | tuple[int, ...], dtype: np.dtype | type, num_hosts: int = 1) -> None:
         self.data = cupy.empty(shape, dtype)
         self.hosts = [cupyx.empty_pinned(shape, dtype) for _ in range(num_hosts)]
-        self.host = self.hosts[0]
+        self._index = 0
+
+    @property
+    def host(self) -> np.ndarray:
+        return self.hosts[self._index]
 
     def flip(self) -> int:
         """Go on to the next of `hosts`; returns its index."""
-        index = (next(i for i, host in enumerate(self.hosts) if host is self.host) + 1) % len(self.hosts)
-        self.host = self.hosts[index]
-        return index
+        self._index = (self._index + 1) % len(self.hosts)
+        return self._index
 
     @property
     def size(self) -> int:

@@ -1,4 +1,4 @@
-"""Dense products y = x W^T + b: own kernels (fused_gemv.cu, gemv.cu) for few rows, cuBLASLt for many.
+"""Dense products y = x W^T + b: own kernels (fused_gemv.cu, gemv.cu, gemm_sm90.cu) for few rows, cuBLASLt for many.
 
 With few rows the time is that of reading the weight once; our kernels do so at nearly the memory's bandwidth. cuBLASLt
 is called through ctypes because CuPy refuses its own cuBLAS calls while a graph is captured.
@@ -14,7 +14,7 @@ import cupy
 import numpy as np
 
 from mini_vllm.ops.base import Array
-from mini_vllm.ops.cuda import fused_gemv
+from mini_vllm.ops.cuda import fused_gemv, gemm_sm90
 from mini_vllm.ops.cuda.cublaslt import VECTOR_BYTES, CublasLt
 from mini_vllm.ops.cuda.device import DeviceInfo
 from mini_vllm.ops.cuda.fused_gemv import Norm
@@ -99,7 +99,7 @@ def instances(dtypes: Iterable[np.dtype] = DTYPES) -> list[Kernel]:
                 kernels += [_plain_kernel(dtype, out_dtype, rows, True) for rows in (1, 2, 4, 8)]
             else:
                 kernels += [_mma_kernel(dtype, out_dtype, tile, wide) for tile in GEMV_TILES for wide in (False, True)]
-    return kernels + fused_gemv.instances(dtypes)
+    return [*kernels, *fused_gemv.instances(dtypes), *gemm_sm90.instances(dtypes)]
 
 
 def gemv(y: Array, x: Array, weight: Array, bias: Array | None) -> None:
@@ -164,11 +164,18 @@ class Gemm:
         _check_norm(x, norm)
         return fused_gemv.fused_gemv(x, weight.weight, weight.bias, x.dtype, self._info, norm, swiglu)
 
+    def swiglu(self, x: Array, gate_up: DenseWeight) -> Array | None:
+        """`Ops.silu_and_mul` of `linear(x, gate_up)` in one launch; None where that cannot be."""
+        _check_operands(x, gate_up.weight, gate_up.bias)
+        return gemm_sm90.gemm(x, gate_up.weight, gate_up.bias, self._info, swiglu=True)
+
     def _multiply(self, x: Array, weight: DenseWeight, out_dtype: np.dtype) -> Array:
         w, bias = weight.weight, weight.bias
         _check_operands(x, w, bias)
         if fused := fused_gemv.fused_gemv(x, w, bias, out_dtype, self._info):
             return fused[0]
+        if out_dtype == x.dtype and (y := gemm_sm90.gemm(x, w, bias, self._info)) is not None:
+            return y
         y = cupy.empty((len(x), len(w)), out_dtype)
         if y.size == 0:
             return y
@@ -177,23 +184,28 @@ class Gemm:
             gemv(y, x, w, bias)
         return y
 
-    def tune(self, rows: Iterable[int], weights: Iterable[DenseWeight], head: DenseWeight) -> None:
+    def tune(self, rows: Iterable[int], weights: Iterable[DenseWeight], head: DenseWeight | None) -> None:
         """Measure which of cuBLASLt's algorithms is fastest for these numbers of rows, and remember it on disk.
 
         weights: those that `linear` multiplies with; head: the one of `logits`. Only for 16-bit types: in float32 it
         would be a choice between orders of summation, and results should not change with the machine's mood.
         """
-        if head.weight.itemsize != 2:
-            return
         groups: dict[tuple, list[DenseWeight]] = {}
         for weight in weights:
             groups.setdefault((weight.weight.shape, weight.bias is not None), []).append(weight)
         products = [(group, group[0].weight.dtype) for group in groups.values()]
-        for group, out_dtype in [*products, ([head], np.dtype(np.float32))]:
-            shape, bias = group[0].weight.shape, group[0].bias
+        if head is not None:
+            products.append(([head], np.dtype(np.float32)))
+        for group, out_dtype in products:
+            first = group[0].weight
+            if first.itemsize != 2:
+                continue
             for num_rows in rows:
-                if num_rows > fused_gemv.MAX_ROWS and not prefers_gemv(num_rows, *shape, head.weight.dtype):
-                    self._lt.tune(num_rows, [weight.weight for weight in group], bias, out_dtype)
+                own = prefers_gemv(num_rows, *first.shape, first.dtype) or (
+                    out_dtype == first.dtype and gemm_sm90.serves(num_rows, *first.shape, self._info)
+                )
+                if num_rows > fused_gemv.MAX_ROWS and not own:
+                    self._lt.tune(num_rows, [weight.weight for weight in group], group[0].bias, out_dtype)
         self._lt.save_tuning()
 
 

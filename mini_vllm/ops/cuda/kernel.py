@@ -150,15 +150,18 @@ class Kernel:
         args: Sequence[Any],
         shared_memory: int = 0,
         stream: cupy.cuda.Stream | None = None,
+        cluster: int = 1,
     ) -> None:
         """Launch the kernel; nothing waits for it, nothing is allocated, so it may be captured into a graph.
 
         Args:
             grid: blocks, 1 to 3 numbers; with a 0 among them nothing is launched. block: threads, likewise.
             args: one for each parameter: a C-contiguous CuPy array of the parameter's type on the current device
-                (or None, a null pointer) for a pointer, a NumPy scalar of exactly its type for a number.
+                (or None, a null pointer) for a pointer, a NumPy scalar of exactly its type for a number, a
+                TensorMap.
             shared_memory: dynamic shared memory of a block in bytes; the limit is raised as needed.
             stream: by default CuPy's current stream.
+            cluster: so many neighbouring blocks run at the same time (Hopper and later; at most 8).
 
         Raises:
             ValueError: arguments that do not fit the kernel's signature.
@@ -167,7 +170,7 @@ class Kernel:
         device = runtime.getDevice()
         function = self._functions.get(device) or self._load(device)
         stream_pointer = (cupy.cuda.get_current_stream() if stream is None else stream).ptr
-        function.launch(grid, block, args, shared_memory, stream_pointer)
+        function.launch(grid, block, args, shared_memory, stream_pointer, cluster)
 
 
 _loaded: dict[tuple, _Function] = {}
@@ -217,13 +220,13 @@ def compile_all(kernels: Iterable[Kernel], arch: str | None = None) -> float:
 # Launches call the driver directly: CuPy has no cuLaunchKernelEx, which programmatic dependent launch needs, and
 # its own launch checks no arguments and takes twice as long.
 
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CUlaunchAttributeID
 _MAX_DYNAMIC_SHARED_SIZE_BYTES, _PREFERRED_SHARED_MEMORY_CARVEOUT = 8, 9  # CUfunction_attribute
 _DEFAULT_SHARED_MEMORY = 48 << 10  # what a block gets without raising the first of them
 
 # CUlaunchConfig: grid x y z, block x y z, shared bytes, stream, attributes, number of attributes.
 _CONFIG = struct.Struct("@7I4xQQI4x")
-_ATTRIBUTE = struct.Struct("@I4xi60x")  # CUlaunchAttribute: id, value
+_ATTRIBUTE = struct.Struct("@I4x3I52x")  # CUlaunchAttribute: id, value
 
 # The first letter is struct's code; each argument gets 8 bytes.
 _PACKED = {
@@ -242,6 +245,11 @@ def _driver() -> ctypes.PyDLL:
     """libcuda. As a PyDLL it keeps the GIL: giving it up for 2 us could cost a thread switch of milliseconds."""
     driver = ctypes.PyDLL("libcuda.so.1")
     driver.cuLaunchKernelEx.argtypes = (ctypes.c_void_p,) * 4
+    driver.cuTensorMapEncodeTiled.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p),
+        *(ctypes.c_void_p,) * 4,
+        *(ctypes.c_int,) * 4,
+    )
     driver.cuFuncSetAttribute.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
     driver.cuStreamIsCapturing.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     driver.cuStreamSynchronize.argtypes = (ctypes.c_void_p,)
@@ -262,6 +270,30 @@ def _describe(arg: Any) -> str:
     return "None" if arg is None else f"{type(arg).__name__}({arg})"
 
 
+class TensorMap:
+    """How the copy engine of Hopper and later reads a matrix: in boxes of `box_rows` rows of 128 bytes, swizzled.
+
+    See wgmma.cuh. The matrix [rows, columns] has a 16-bit type and lies at `address`, a multiple of 16 bytes; its rows
+    are whole 16-byte vectors, one after the other. It must live as long as launches with the map.
+    """
+
+    _UINT16, _NO_INTERLEAVE, _SWIZZLE_128, _L2_256, _ZEROS = 1, 0, 3, 3, 0
+    _ALIGNMENT = 64
+    _BOX_COLUMNS = 64
+
+    def __init__(self, address: int, rows: int, columns: int, box_rows: int) -> None:
+        self._buffer = ctypes.create_string_buffer(128 + self._ALIGNMENT)
+        start = ctypes.addressof(self._buffer)
+        self.address = start + -start % self._ALIGNMENT
+        code = _driver().cuTensorMapEncodeTiled(
+            self.address, self._UINT16, 2, address, (ctypes.c_uint64 * 2)(columns, rows),
+            (ctypes.c_uint64 * 1)(2 * columns), (ctypes.c_uint32 * 2)(self._BOX_COLUMNS, box_rows),
+            (ctypes.c_uint32 * 2)(1, 1), self._NO_INTERLEAVE, self._SWIZZLE_128, self._L2_256, self._ZEROS,
+        )  # fmt: skip
+        if code:
+            raise LaunchError(f"no tensor map of [{rows}, {columns}] in boxes of {box_rows} rows: {_error_text(code)}")
+
+
 class _Function:
     """A kernel loaded on one device: packs arguments and launches."""
 
@@ -277,12 +309,22 @@ class _Function:
 
         self._config = ctypes.create_string_buffer(_CONFIG.size)
         self._config_address = ctypes.addressof(self._config)
-        self._attribute = ctypes.create_string_buffer(_ATTRIBUTE.pack(_PROGRAMMATIC_STREAM_SERIALIZATION, 1))
-        self._num_attributes = int(kernel.pdl and int(cupy.cuda.Device(device).compute_capability) >= 90)
+        self._attributes = ctypes.create_string_buffer(2 * _ATTRIBUTE.size)
+        self._has_clusters = int(cupy.cuda.Device(device).compute_capability) >= 90
+        self._num_attributes = 0
+        if kernel.pdl and self._has_clusters:
+            _ATTRIBUTE.pack_into(self._attributes, 0, _PROGRAMMATIC_STREAM_SERIALIZATION, 1, 0, 0)
+            self._num_attributes = 1
         self._lock = threading.Lock()  # the driver copies the buffers during the call, so they can be used again
 
     def launch(
-        self, grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], shared_memory: int, stream: int
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: Sequence[Any],
+        shared_memory: int,
+        stream: int,
+        cluster: int = 1,
     ) -> None:
         if 0 in grid:
             return
@@ -293,10 +335,15 @@ class _Function:
                 self._fail(code, grid, block, args, shared_memory)
             self._shared_limit = shared_memory
         with self._lock:
+            num_attributes = self._num_attributes
+            if cluster > 1:
+                offset = num_attributes * _ATTRIBUTE.size
+                _ATTRIBUTE.pack_into(self._attributes, offset, _CLUSTER_DIMENSION, cluster, 1, 1)
+                num_attributes += 1
             try:
                 _CONFIG.pack_into(
                     self._config, 0, *grid, *(1,) * (3 - len(grid)), *block, *(1,) * (3 - len(block)),
-                    shared_memory, stream, ctypes.addressof(self._attribute), self._num_attributes,
+                    shared_memory, stream, ctypes.addressof(self._attributes), num_attributes,
                 )  # fmt: skip
                 self._arguments.pack(values)
             except (struct.error, TypeError) as error:
@@ -331,17 +378,18 @@ class Arguments:
     def __init__(self, kernel: str, parameters: Sequence[Parameter], device: int) -> None:
         self._kernel, self._parameters, self._device = kernel, tuple(parameters), device
         for parameter in parameters:
-            if not parameter.is_pointer and parameter.dtype not in _PACKED:
+            if not parameter.is_pointer and parameter.dtype not in (*_PACKED, None):
                 known = ", ".join(dtype.name for dtype in _PACKED)
                 raise ValueError(f"{kernel}: scalar {parameter.name} is {parameter.dtype}; kernels take {known}")
-        codes = ("Q" if p.is_pointer else _PACKED[p.dtype] for p in parameters)
+        codes = ("Q" if p.is_pointer or p.dtype is None else _PACKED[p.dtype] for p in parameters)
         self._layout = struct.Struct("=" + "".join(codes))
         self.buffer = ctypes.create_string_buffer(max(self._layout.size, 1))
         start = ctypes.addressof(self.buffer)
         self.handles = (ctypes.c_void_p * len(parameters))(*range(start, start + self._layout.size, 8))
         self.address = ctypes.addressof(self.handles)
         # What check() compares with, as plain tuples: attribute access would double its time.
-        self._expected = [(p.is_pointer, p.dtype, p.dtype and p.dtype.type) for p in parameters]
+        self._expected = [(p.is_pointer, p.dtype, p.dtype.type if p.dtype else TensorMap) for p in parameters]
+        self._maps = [i for i, p in enumerate(parameters) if not p.is_pointer and p.dtype is None]
 
     def check(self, args: Sequence[Any]) -> list:
         """The values to pack: addresses and numbers. Raises ValueError, naming the parameter."""
@@ -367,11 +415,16 @@ class Arguments:
         return values
 
     def pack(self, values: list) -> None:
+        for i in self._maps:  # the driver copies a map from where it lies
+            self.handles[i] = values[i].address
+            values[i] = 0
         self._layout.pack_into(self.buffer, 0, *values)
 
     def _refuse(self, index: int, arg: Any) -> None:
         parameter = self._parameters[index]
-        if not parameter.is_pointer:
+        if not parameter.is_pointer and parameter.dtype is None:
+            needed = "a TensorMap"
+        elif not parameter.is_pointer:
             needed = f"np.{parameter.dtype.name}(...), a NumPy scalar of exactly that type"
         else:
             dtype = "" if parameter.dtype is None else f"{parameter.dtype} "

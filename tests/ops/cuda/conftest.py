@@ -18,8 +18,12 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     import cupy
 
+    below = cupy.get_default_memory_pool().malloc
+    if request.config.getoption("--sanitizer") is not None:
+        below = cupy.cuda.get_allocator()
+
     def allocate(num_bytes: int) -> cupy.cuda.MemoryPointer:
-        pointer = cupy.get_default_memory_pool().malloc(num_bytes)
+        pointer = below(num_bytes)
         pointer.memset(0xFF, num_bytes)
         return pointer
 

@@ -87,6 +87,17 @@ def test_buffer_copies_both_ways():
     np.testing.assert_array_equal(buffer.host.ravel(), [0, 1, 2, 3, 4, *[-1] * 7])
 
 
+def test_buffer_hosts_take_turns():
+    buffer = device.GPUBuffer(2, np.int32, num_hosts=3)
+    for i, host in enumerate(buffer.hosts):
+        host[...] = i
+    for index in (1, 2, 0, 1):
+        assert buffer.flip() == index
+        assert buffer.host is buffer.hosts[index]
+        buffer.copy_from_host()
+        np.testing.assert_array_equal(buffer.data.get(), [index, index])
+
+
 def test_uploads_survive_many_rounds_of_the_staging_buffer():
     staging = device.PinnedStaging(num_bytes=64 << 10)
     rng = np.random.default_rng(0)

@@ -197,16 +197,16 @@ def test_every_tile_is_among_the_instances(rows):
 def test_tuning_is_right_and_remembered(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     multiply = gemm.Gemm()
-    cases = [operands(40, out, k, BFLOAT16, has_bias) for out, k, has_bias in ((512, 256, True), (256, 512, False))]
+    cases = [operands(300, out, k, BFLOAT16, has_bias) for out, k, has_bias in ((512, 256, True), (256, 512, False))]
     weights = [on_device(*case)[1] for case in cases]
-    x, head, _ = operands(40, 5000, 256, BFLOAT16, False)
-    multiply.tune([2, 40], weights, DenseWeight(cupy.asarray(head)))
+    x, head, _ = operands(300, 5000, 256, BFLOAT16, False)
+    multiply.tune([2, 300], weights, DenseWeight(cupy.asarray(head)))
     for (x_host, weight, bias), device_weight in zip(cases, weights, strict=True):
         assert_product(multiply.linear(cupy.asarray(x_host), device_weight), x_host, weight, bias)
     assert_product(multiply.logits(cupy.asarray(x), DenseWeight(cupy.asarray(head))), x, head, None)
 
     monkeypatch.setattr(cublaslt, "_time", lambda function: pytest.fail("it was measured before"))
-    gemm.Gemm().tune([2, 40], weights, DenseWeight(cupy.asarray(head)))
+    gemm.Gemm().tune([2, 300], weights, DenseWeight(cupy.asarray(head)))
 
 
 def test_choices_survive_the_process(tmp_path, monkeypatch):

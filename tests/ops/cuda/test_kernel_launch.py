@@ -70,6 +70,34 @@ def test_grid_and_block_of_one_to_three_axes():
         Kernel("test.cu", "where")((1, 1, 1, 1), (1,), (out,))
 
 
+def test_neighbouring_blocks_form_clusters(sources, tmp_path):
+    if device.DeviceInfo.of().compute_capability < (9, 0):
+        pytest.skip("needs clusters")
+    (tmp_path / "clusters.cu").write_text(
+        """__global__ void f(int* out) {
+            int size, rank;
+            asm("mov.u32 %0, %%cluster_nctarank; mov.u32 %1, %%cluster_ctarank;" : "=r"(size), "=r"(rank));
+            out[blockIdx.x] = 10 * size + rank;
+        }"""
+    )
+    out = cupy.zeros(8, np.int32)
+    for pdl in (False, True):
+        for cluster, expected in ((4, [40, 41, 42, 43] * 2), (1, [10] * 8), (2, [20, 21] * 4)):
+            Kernel("clusters.cu", "f", pdl=pdl)((8,), (1,), (out,), cluster=cluster)
+            assert out.tolist() == expected
+    with pytest.raises(LaunchError, match="failed with CUDA_ERROR"):
+        Kernel("clusters.cu", "f")((8,), (1,), (out,), cluster=3)  # which does not divide the grid
+
+
+def test_a_matrix_that_the_copy_engine_cannot_read_is_refused():
+    if device.DeviceInfo.of().compute_capability < (9, 0):
+        pytest.skip("needs tensor maps")
+    matrix = cupy.zeros((4, 64), np.float16)
+    assert kernel.TensorMap(matrix.data.ptr, 4, 64, 4).address % 64 == 0
+    with pytest.raises(LaunchError, match=r"no tensor map of \[4, 60\] in boxes of 4 rows"):
+        kernel.TensorMap(matrix.data.ptr, 4, 60, 4)
+
+
 def test_nothing_is_launched_for_an_empty_grid():
     Kernel("test.cu", "trap")((0,), (1,), ())
     cupy.cuda.Device().synchronize()

@@ -22,7 +22,7 @@ import mini_vllm.ops.cuda as cuda  # noqa: E402
 from mini_vllm.ops.cuda import compiler, cubin_cache, kernel  # noqa: E402
 from mini_vllm.ops.cuda.compiler import CompileError, Cubin, Parameter, parse_signature  # noqa: E402
 from mini_vllm.ops.cuda.cubin_cache import CubinCache  # noqa: E402
-from mini_vllm.ops.cuda.kernel import Arguments, Kernel, compile_all  # noqa: E402
+from mini_vllm.ops.cuda.kernel import Arguments, Kernel, TensorMap, compile_all  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
 ARCH = "sm_80"
@@ -445,6 +445,19 @@ def test_arguments_are_packed_as_the_driver_reads_them():
     assert np.frombuffer(slots[3], np.uint64)[0] == 2**63
     assert slots[4] == bytes(8)
     assert arguments.check([None, np.int32(1), np.float32(1), np.uint64(1), array(np.uint8)])[4] == 0x1000
+
+
+def test_tensor_maps_are_passed_from_where_they_lie():
+    parameters = parse_signature("__global__ void f(int n, const __grid_constant__ TensorMap m) {}", "f")
+    assert parameters[1] == Parameter("m", False, None)
+    arguments = Arguments("f (f.cu)", parameters, device=0)
+    tensor_map = object.__new__(TensorMap)  # making one takes a driver
+    tensor_map.address = 0x2000
+    arguments.pack(arguments.check([np.int32(5), tensor_map]))
+    assert arguments.handles[1] == 0x2000
+    assert np.frombuffer(arguments.buffer.raw, np.int32)[0] == 5
+    with pytest.raises(ValueError, match=r"argument 1 \(m\) is None; needed is a TensorMap"):
+        arguments.check([np.int32(5), None])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,229 @@
+"""The products of gemm_sm90.cu, on a Hopper GPU against NumPy: alone in float64, what is fused against what is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+cupy = pytest.importorskip("cupy")
+
+from mini_vllm.ops.cuda import gemm_sm90  # noqa: E402
+from mini_vllm.ops.cuda.cuda_ops import CudaOps  # noqa: E402
+from mini_vllm.ops.cuda.device import DeviceInfo, GPUAllocator  # noqa: E402
+from mini_vllm.ops.weight import DenseWeight  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+FLOAT16, BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+EPS = {FLOAT16: 2.0**-10, BFLOAT16: 2.0**-7}
+EPS32 = 2.0**-23
+NORM_EPS = 1e-6
+
+
+@pytest.fixture(params=[FLOAT16, BFLOAT16], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def info():
+    info = DeviceInfo.of()
+    if info.compute_capability != gemm_sm90.HOPPER:
+        pytest.skip("needs a Hopper GPU")
+    return info
+
+
+def random(shape, dtype, seed, scale=1.0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(scale)).astype(dtype)
+
+
+class Case:
+    """x, weight and bias on both sides, and the product with the bound of its error."""
+
+    def __init__(self, rows, out_features, in_features, dtype, *, bias=False, seed=0):
+        self.x = random((rows, in_features), dtype, seed + 1)
+        self.weight = random((out_features, in_features), dtype, seed + 2, scale=in_features**-0.5)
+        self.bias = random(out_features, dtype, seed + 3) if bias else None
+
+    def on_device(self):
+        return [None if a is None else cupy.asarray(a) for a in (self.x, self.weight, self.bias)]
+
+    def product(self) -> tuple[np.ndarray, np.ndarray]:
+        x, weight = self.x.astype(np.float64), self.weight.astype(np.float64).T
+        expected, magnitude = x @ weight, np.abs(x) @ np.abs(weight)
+        if self.bias is not None:
+            expected, magnitude = expected + self.bias, magnitude + np.abs(self.bias.astype(np.float64))
+        bound = (len(weight) + 1) * EPS32 * magnitude
+        return expected, bound + EPS[self.x.dtype] * np.abs(expected) + 2.0**-24
+
+    def swiglu(self) -> tuple[np.ndarray, np.ndarray]:
+        product, bound = self.product()
+        (gate, up), (gate_off, up_off) = np.split(product, 2, axis=1), np.split(bound, 2, axis=1)
+        silu = gate / (1 + np.exp(-gate))
+        expected = silu * up
+        bound = 1.1 * gate_off * (np.abs(up) + up_off) + np.abs(silu) * up_off  # |silu'| < 1.1
+        return expected, bound + (EPS[self.x.dtype] + 8 * EPS32) * np.abs(expected) + 2.0**-24
+
+
+def assert_within(actual, expected, bound):
+    actual = cupy.asnumpy(actual).astype(np.float64)
+    assert actual.shape == expected.shape
+    worst = np.max(np.abs(actual - expected) / bound)  # NaN stays NaN, and fails
+    assert worst <= 1, f"error is {worst:.2f} of the bound"
+
+
+ROWS = [1, 5, 16, 17, 32, 33, 64, 65, 100, 128]
+SHAPES = [
+    *[(8, 8), (136, 64), (128, 72), (120, 1000), (1000, 520), (272, 4096)],  # tails of outputs and columns
+    *[(1024, 2048), (1024, 3072), (4096, 1024), (2048, 8192)],
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_product(dtype, info, rows, shape, bias):
+    case = Case(rows, *shape, dtype, bias=bias)
+    assert_within(gemm_sm90.gemm(*case.on_device(), info), *case.product())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [33, 64])
+@pytest.mark.parametrize("shape", [(6144, 4096), (4096, 12288), (24576, 4096)], ids=str)
+def test_product_of_large_weights(info, rows, shape):
+    case = Case(rows, *shape, BFLOAT16)
+    assert_within(gemm_sm90.gemm(*case.on_device(), info), *case.product())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", [(16, 8), (144, 64), (256, 72), (2000, 520), (6144, 1024), (1024, 4096)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_swiglu(dtype, info, rows, shape, bias):
+    case = Case(rows, *shape, dtype, bias=bias)
+    assert_within(gemm_sm90.gemm(*case.on_device(), info, swiglu=True), *case.swiglu())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", [1, 2, 4, 8])
+@pytest.mark.parametrize("rows", gemm_sm90.ROW_TILES)
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_every_way_to_cut(info, monkeypatch, split, rows, stages):
+    """Rings that are refilled, clusters of all sizes, steps that they do not share evenly, several tiles of rows."""
+    used = gemm_sm90.plan(rows, 200, 1600, info.max_shared_memory)
+    stage_bytes = (128 + rows) * 128
+    cut = replace(
+        used,
+        rows=rows,
+        split=split,
+        stages=stages,
+        shared_memory=used.shared_memory + (stages - used.stages) * stage_bytes,
+    )
+    monkeypatch.setattr(gemm_sm90, "plan", lambda *_: cut)
+    case = Case(2 * rows + 3, 200, 1600, BFLOAT16)
+    assert_within(gemm_sm90.gemm(*case.on_device(), info), *case.product())
+
+
+@pytest.mark.gpu
+def test_a_row_does_not_depend_on_its_neighbours(dtype, info):
+    case = Case(40, 1000, 512, dtype)
+    full = gemm_sm90.gemm(*case.on_device(), info)
+    case.x[:3], case.x[4:] = np.nan, np.inf
+    y = gemm_sm90.gemm(*case.on_device(), info)
+    assert cupy.asnumpy(y[3]).tobytes() == cupy.asnumpy(full[3]).tobytes()
+
+
+@pytest.mark.gpu
+def test_repeats_bit_for_bit(dtype, info):
+    operands = Case(60, 1024, 3072, dtype).on_device()
+    first = gemm_sm90.gemm(*operands, info).tobytes()
+    assert all(gemm_sm90.gemm(*operands, info).tobytes() == first for _ in range(20))
+
+
+@pytest.mark.gpu
+def test_where_it_does_not_serve(info):
+    def served(x, weight, bias=None, **how):
+        return gemm_sm90.gemm(x, weight, bias, info, **how) is not None
+
+    x, weight = cupy.zeros((20, 64), BFLOAT16), cupy.zeros((72, 64), BFLOAT16)
+    assert served(x, weight)
+    assert not served(x, weight, swiglu=True)  # gates and ups that are no whole vectors
+    assert not served(x[:0], weight)
+    assert not served(cupy.zeros((129, 64), BFLOAT16), weight)
+    assert not served(x.astype(np.float32), weight.astype(np.float32))
+    assert not served(cupy.zeros((20, 60), BFLOAT16), cupy.zeros((72, 60), BFLOAT16))
+    assert not served(x, cupy.zeros((70, 64), BFLOAT16))
+    assert not served(cupy.zeros(20 * 64 + 1, BFLOAT16)[1:].reshape(20, 64), weight)
+    ampere = replace(info, compute_capability=(8, 0))
+    assert gemm_sm90.gemm(x, weight, None, ampere) is None
+
+
+# ---- in a chain ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [12, 64])
+def test_early_launches_wait_for_their_predecessors(dtype, info, rows, monkeypatch):
+    ops = CudaOps(dtype)
+    gate_up, down = Case(1, 6144, 1024, dtype), Case(1, 1024, 3072, dtype, seed=9)
+    weights = [DenseWeight(cupy.asarray(case.weight)) for case in (gate_up, down)]
+    norm = cupy.asarray(random(1024, dtype, 3))
+
+    def chain() -> bytes:
+        x, residual = (cupy.asarray(random((rows, 1024), dtype, seed)) for seed in (1, 2))
+        for _ in range(30):
+            gated, residual = ops.add_norm_swiglu(x, residual, norm, NORM_EPS, weights[0])
+            x = ops.linear(gated, weights[1])
+        return x.tobytes() + residual.tobytes()
+
+    overlapped = chain()
+    launch = type(gemm_sm90.instances([dtype])[0]).__call__
+
+    def launch_and_wait(kernel, *args, **kwargs):
+        launch(kernel, *args, **kwargs)
+        cupy.cuda.get_current_stream().synchronize()
+
+    monkeypatch.setattr("mini_vllm.ops.cuda.kernel.Kernel.__call__", launch_and_wait)
+    assert chain() == overlapped
+
+
+@pytest.mark.gpu
+def test_capture_replays_on_new_inputs(dtype, info):
+    cases = [Case(40, 208, 96, dtype, seed=seed) for seed in (0, 10, 20)]
+    for case in cases:
+        case.weight = cases[0].weight
+    x, weight, _ = cases[0].on_device()
+    gemm_sm90.gemm(x, weight, None, info, swiglu=True)  # compiled and loaded before the capture
+    stream, allocator = cupy.cuda.Stream(non_blocking=True), GPUAllocator()
+    cupy.cuda.get_current_stream().synchronize()
+    with stream, allocator.use():
+        stream.begin_capture()
+        y = gemm_sm90.gemm(x, weight, None, info, swiglu=True)
+        graph = stream.end_capture()
+        for case in cases[1:]:
+            x.set(case.x, stream)
+            y.view(np.uint8).fill(0xFF)
+            graph.launch(stream)
+            stream.synchronize()
+            assert_within(y, *case.swiglu())
+
+
+# ---- plans, without a GPU -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 128])
+@pytest.mark.parametrize("shape", [*SHAPES, (6144, 4096), (24576, 4096), (4096, 12288), (151936, 1024)], ids=str)
+def test_plans_fit(rows, shape):
+    cut = gemm_sm90.plan(rows, *shape, 227 << 10)
+    if rows > 64 and min(shape) > 2048:
+        assert cut is None
+        return
+    steps = -(-shape[1] // 64)
+    assert cut.split in (1, 2, 4, 8)
+    assert cut.split <= steps
+    assert 1 <= cut.stages <= min(16, -(-steps // cut.split))
+    assert cut.shared_memory + 1024 <= 227 << 10
+    assert cut.rows >= min(rows, 64)
