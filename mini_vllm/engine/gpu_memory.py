@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from mini_vllm.config import EngineConfig
 from mini_vllm.engine.batch_state import BatchState
 from mini_vllm.engine.model_input import build_model_input
+from mini_vllm.engine.padding import max_prompt_tokens
 from mini_vllm.engine.sampler import build_sampling_batch
 from mini_vllm.models.decoder import CausalLM
 from mini_vllm.models.kv_cache import KVCache
@@ -27,16 +29,20 @@ def measure_kv_cache_memory(model: CausalLM, config: EngineConfig) -> int:
 
     Raises `ValueError` with the figures when nothing is left.
     """
-    prefill = _peak_of_step(model, config, config.max_num_batched_tokens)
-    decode = _peak_of_step(model, config, config.max_num_seqs)  # the graphs keep this much for themselves
+    prompt_tokens = max_prompt_tokens(config)
+    sizes = {config.max_num_batched_tokens, config.max_num_seqs, prompt_tokens}
+    steps = {size: _memory_of_step(model, config, size) for size in sizes}
+    activations = steps[config.max_num_batched_tokens].peak
+    if not config.enforce_eager:  # what the graphs keep for themselves
+        activations += steps[config.max_num_seqs].peak + steps[prompt_tokens].reserved_by_model
     free_cached_memory()
     free, total = memory_info()
     allowed = int(total * config.gpu_memory_utilization)
-    memory = allowed - (total - free) - prefill - decode - SLACK
+    memory = allowed - (total - free) - activations - SLACK
     figures = (
         f"{total / 2**30:.1f} GiB of GPU memory, of which {allowed / 2**30:.1f} may be used; "
         f"{(total - free) / 2**30:.1f} in use (weights, CUDA, other processes), "
-        f"{(prefill + decode + SLACK) / 2**30:.1f} for a step's activations"
+        f"{(activations + SLACK) / 2**30:.1f} for a step's activations"
     )
     if memory <= 0:
         raise ValueError(
@@ -47,8 +53,16 @@ def measure_kv_cache_memory(model: CausalLM, config: EngineConfig) -> int:
     return memory
 
 
-def _peak_of_step(model: CausalLM, config: EngineConfig, num_tokens: int) -> int:
-    """Bytes of activations and logits in a step of `num_tokens` tokens over as many sequences as there can be."""
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that a step needs besides weights and KV cache."""
+
+    peak: int  # activations and logits in use at a time
+    reserved_by_model: int  # taken from the device for activations; more than were in use, since sizes differ
+
+
+def _memory_of_step(model: CausalLM, config: EngineConfig, num_tokens: int) -> StepMemory:
+    """Of a step of `num_tokens` tokens over as many sequences as there can be."""
     ops = model.ops
     num_seqs = min(config.max_num_seqs, num_tokens)
     length = num_tokens // num_seqs
@@ -62,12 +76,14 @@ def _peak_of_step(model: CausalLM, config: EngineConfig, num_tokens: int) -> int
     allocator = GPUAllocator()
     with allocator.use():
         kv = KVCache(model.config, num_blocks, config.block_size, ops)
-        before = allocator.get_allocated()
+        allocated, reserved = allocator.get_allocated(), allocator.get_reserved()
         state = BatchState(num_seqs, -(-length // config.block_size), config.block_size)
         state.apply(plan)
         host = build_model_input(plan, state)
         inp, attn = map_arrays(host, ops.to_device), map_arrays(host.attn, ops.to_device)
-        hidden = model.forward(inp.input_ids, inp.positions, attn, kv, inp.logits_indices)
+        hidden = model.forward(inp.input_ids, inp.positions, attn, kv)
+        reserved_by_model = allocator.get_reserved() - reserved
+        hidden = ops.embedding(inp.logits_indices, hidden)
         batch = build_sampling_batch(plan.scheduled, state)
         ops.to_host(ops.sample(model.logits(hidden), map_arrays(batch, ops.to_device)))
-        return allocator.get_peak() - before
+        return StepMemory(allocator.get_peak() - allocated, reserved_by_model)

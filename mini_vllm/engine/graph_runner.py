@@ -1,71 +1,63 @@
-"""Decode steps as CUDA graphs: one pair of graphs per padded batch size, fed through static buffers.
+"""Steps as CUDA graphs, padded to a few sizes and fed through static buffers.
 
-A decode step of a small model is some three hundred launches of a few microseconds each; launched one by one
-they would take the host longer than the GPU. A graph replays them all in one call. It can only read what
-lies at fixed addresses, so every value that changes from step to step is written into static buffers first:
-one small copy for the columns, one for the block tables.
+A step of a small model is some two hundred launches; one by one they take the host longer than the GPU. A graph replays
+them all in one call. It can only read what lies at fixed addresses, so every value that changes from step to step is
+written into static buffers first: one small copy for the columns, one for the block tables.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from mini_vllm.engine.batch_state import SAMPLING_COLUMNS
 from mini_vllm.engine.model_input import ModelInput
+from mini_vllm.engine.padding import (
+    DECODE_SIZES,
+    PROMPT_SIZES,
+    Column,
+    buffer_size,
+    column_views,
+    decode_columns,
+    fill_columns,
+    padded_attention,
+    padded_sizes,
+    prompt_columns,
+)
 from mini_vllm.models.decoder import CausalLM
 from mini_vllm.models.kv_cache import KVCache
 from mini_vllm.ops.base import Array, AttentionMetadata, SamplingBatch
 from mini_vllm.ops.cuda.cuda_ops import CudaOps
-from mini_vllm.ops.cuda.device import GPUAllocator, GPUBuffer
+from mini_vllm.ops.cuda.device import GPUAllocator, GPUBuffer, StreamPool
 from mini_vllm.ops.cuda.graph import CapturedGraph
-
-_COLUMNS = {
-    # What the model reads, with the value of a padding row: it writes no K/V and sees no key.
-    "input_ids": (np.int32, 0),
-    "positions": (np.int32, 0),
-    "slot_mapping": (np.int32, -1),
-    "seq_lens": (np.int32, 0),
-    # What the sampler reads; padding rows are greedy.
-    **{name: (dtype, 1 if name == "top_p" else 0) for name, dtype in SAMPLING_COLUMNS.items()},
-    "draw_positions": (np.int32, 0),
-}
-
-
-def padded_batch_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, 8, then in steps of about a quarter, which keeps their number small; max_num_seqs is always the last."""
-    sizes, size = [1, 2, 4], 8
-    while size < max_num_seqs:
-        sizes.append(size)
-        size += max(8, 1 << (size.bit_length() - 3))
-    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 class DecodeGraphRunner:
-    """Replays decode steps of up to `max_num_seqs` sequences, without waiting for them.
-
-    The model and the sampler are separate graphs, because a batch with penalties, biases or log
-    probabilities wants the logits and samples eagerly.
-    """
+    """Replays decode steps of up to `max_num_seqs` sequences, without waiting for them."""
 
     def __init__(
-        self, model: CausalLM, kv: KVCache, ops: CudaOps, drawn: Array, *, max_num_seqs: int, max_model_len: int
+        self,
+        model: CausalLM,
+        kv: KVCache,
+        ops: CudaOps,
+        drawn: Array,
+        block_tables: GPUBuffer,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
     ) -> None:
         self._model, self._kv, self._ops, self._drawn = model, kv, ops, drawn
         self._max_model_len = max_model_len
-        self._sizes = padded_batch_sizes(max_num_seqs)
-        self._columns = StaticColumns(max_num_seqs)
-        max_blocks = -(-max_model_len // kv.block_size)
-        self._block_tables = GPUBuffer((max_num_seqs, max_blocks), np.int32, num_hosts=2)
-        self._block_tables.fill(0)
-        self._indices = ops.to_device(np.arange(max_num_seqs + 1, dtype=np.int32))
-        self._allocator = GPUAllocator()
-        self._graphs: dict[int, tuple[CapturedGraph, CapturedGraph]] = {}
-        self._columns.upload(0, {})
+        self._sizes = padded_sizes(DECODE_SIZES, max_num_seqs)
+        self._inputs = StaticInputs(decode_columns(max_num_seqs), block_tables)
+        self._cu_seqlens_q = ops.to_device(np.arange(max_num_seqs + 1, dtype=np.int32))
+        self._allocator = GraphAllocator()
         ops.tune(self._sizes, model.projections, model.lm_head)
-        for size in reversed(self._sizes):  # the largest first: the smaller ones then reuse its memory
-            forward = CapturedGraph(lambda size=size: self._forward(size), self._allocator)
-            sample = CapturedGraph(lambda size=size, logits=forward.result: self._sample(size, logits), self._allocator)
-            self._graphs[size] = forward, sample
+        self._graphs = {  # the largest first: the smaller ones then reuse its memory
+            size: CapturedGraph(lambda size=size: self._step(size), self._allocator) for size in reversed(self._sizes)
+        }
 
     @property
     def num_graphs(self) -> int:
@@ -75,36 +67,32 @@ class DecodeGraphRunner:
     def reserved_bytes(self) -> int:
         return self._allocator.get_reserved()
 
-    def _forward(self, size: int) -> Array:
-        """Logits [size, V] of a padded decode step that reads the static buffers."""
-        column = self._columns.device
+    def _step(self, size: int) -> Array:
+        """A step padded to `size` sequences that reads the static buffers: its logits, after drawing from them."""
+        column = self._inputs.columns
         meta = AttentionMetadata(
             slot_mapping=column["slot_mapping"][:size],
-            cu_seqlens_q=self._indices[: size + 1],
+            cu_seqlens_q=self._cu_seqlens_q[: size + 1],
             seq_lens=column["seq_lens"][:size],
-            block_tables=self._block_tables.data[:size],
+            block_tables=self._inputs.block_tables[:size],
             max_seqlen_q=1,
             max_seqlen_k=self._max_model_len,
         )
-        hidden = self._model.forward(
-            column["input_ids"][:size], column["positions"][:size], meta, self._kv, self._indices[:size], self._drawn
-        )
-        return self._model.logits(hidden)
-
-    def _sample(self, size: int, logits: Array) -> None:
-        """Draw from the logits into the buffer that the next step may read its input from."""
-        column = self._columns.device
+        ids, positions = column["input_ids"][:size], column["positions"][:size]
+        logits = self._model.logits(self._model.forward(ids, positions, meta, self._kv, self._drawn))
         columns = {name: column[name][:size] for name in SAMPLING_COLUMNS}
         batch = SamplingBatch(**columns, positions=column["draw_positions"][:size])
         self._drawn[:size] = self._ops.sample(logits, batch)
+        return logits
 
-    def forward(self, host: ModelInput, batch: SamplingBatch) -> Array:
-        """Run the model on a decode step given as host arrays. Returns its logits [B, V], valid until the next step.
+    def run(self, host: ModelInput, batch: SamplingBatch) -> Array:
+        """Run a decode step given as host arrays. Returns its logits [B, V], valid until the next step.
 
-        The step before may still run, the one before that must have been waited for.
+        Tokens are drawn by the fixed-size columns of `batch` alone, which is not all there is to it unless it
+        `is_simple`. The step before may still run, the one before that must have been waited for.
         """
         num_seqs = len(host.input_ids)
-        self._size = next(size for size in self._sizes if size >= num_seqs)
+        size = next(size for size in self._sizes if size >= num_seqs)
         values = {name: getattr(batch, name) for name in SAMPLING_COLUMNS}
         values |= {
             "input_ids": host.input_ids,
@@ -113,43 +101,121 @@ class DecodeGraphRunner:
             "seq_lens": host.attn.seq_lens,
             "draw_positions": batch.positions,
         }
-        self._columns.upload(num_seqs, values)
-        self._block_tables.flip()
-        self._block_tables.upload_rows(host.attn.block_tables)
-        graph = self._graphs[self._size][0]
-        graph.replay()
-        return graph.result[:num_seqs]
-
-    def sample(self) -> None:
-        """Draw from the logits of the last `forward`."""
-        self._graphs[self._size][1].replay()
+        self._inputs.upload(values, host.attn.block_tables)
+        self._graphs[size].replay()
+        return self._graphs[size].result[:num_seqs]
 
 
-class StaticColumns:
-    """All per-sequence values of a step in one buffer, so that one small copy brings them to the GPU.
+class PromptGraphRunner:
+    """Replays steps with prompt tokens, alone or among decoding sequences, of up to `max_num_tokens` tokens.
 
-    device: {column name: [rows] on the GPU}.
+    Only the model is in the graph: whose logits are wanted, and what for, differs from step to step. A graph is
+    captured when the first step of its size comes, which takes as long as two or three eager ones.
     """
 
-    def __init__(self, rows: int) -> None:
-        row_bytes = sum(np.dtype(dtype).itemsize for dtype, _ in _COLUMNS.values())
-        self._buffer = GPUBuffer(rows * row_bytes + 8 * len(_COLUMNS), np.uint8, num_hosts=2)
-        *self._hosts, self.device = (self._views(array, rows) for array in (*self._buffer.hosts, self._buffer.data))
+    def __init__(
+        self,
+        model: CausalLM,
+        kv: KVCache,
+        ops: CudaOps,
+        drawn: Array,
+        block_tables: GPUBuffer,
+        *,
+        max_num_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        self.max_num_tokens = max_num_tokens
+        self._model, self._kv, self._drawn = model, kv, drawn
+        self._max_model_len = max_model_len
+        self._sizes = padded_sizes(PROMPT_SIZES, max_num_tokens)
+        self._inputs = StaticInputs(prompt_columns(max_num_tokens, len(block_tables.data)), block_tables)
+        # All graphs leave their result here: none keeps memory of its own, and so they all fit into the same.
+        self._hidden = ops.zeros((max_num_tokens, model.config.hidden_size), ops.dtype)
+        self._allocator = GraphAllocator()
+        self._graphs: dict[int, CapturedGraph] = {}
+        with self._allocator.use():  # a step of padding only, to take that memory as long as there is some
+            self._forward(max_num_tokens)
 
-    @staticmethod
-    def _views(buffer: Array, rows: int) -> dict[str, Array]:
-        views, offset = {}, 0
-        for name, (dtype, _) in _COLUMNS.items():
-            num_bytes = rows * np.dtype(dtype).itemsize
-            views[name] = buffer[offset : offset + num_bytes].view(dtype)
-            offset += -(-num_bytes // 8) * 8
-        return views
+    @property
+    def captured_sizes(self) -> list[int]:
+        return sorted(self._graphs)
 
-    def upload(self, count: int, values: dict[str, np.ndarray]) -> None:
-        """Enqueue the first `count` rows; the rest become padding."""
-        host = self._hosts[self._buffer.flip()]
-        for name, (_, padding) in _COLUMNS.items():
-            if count:
-                host[name][:count] = values[name]
-            host[name][count:] = padding
+    @property
+    def reserved_bytes(self) -> int:
+        return self._allocator.get_reserved()
+
+    def _forward(self, size: int) -> None:
+        """Run the model on the static buffers, padded to `size` tokens, and leave the hidden states in `_hidden`."""
+        column = self._inputs.columns
+        meta = padded_attention(column, self._inputs.block_tables, size, self._max_model_len)
+        ids, positions = column["input_ids"][:size], column["positions"][:size]
+        hidden = self._model.forward(ids, positions, meta, self._kv, self._drawn)
+        self._hidden.data.copy_from_device_async(hidden.data, hidden.nbytes)
+
+    def forward(self, host: ModelInput) -> Array:
+        """Run the model on a step given as host arrays. Returns its hidden states [T, H], valid until the next step.
+
+        The step before may still run, the one before that must have been waited for.
+        """
+        num_tokens = len(host.input_ids)
+        size = next(size for size in self._sizes if size >= num_tokens)
+        values = {
+            "input_ids": host.input_ids,
+            "positions": host.positions,
+            "slot_mapping": host.attn.slot_mapping,
+            "cu_seqlens_q": host.attn.cu_seqlens_q,
+            "seq_lens": host.attn.seq_lens,
+        }
+        self._inputs.upload(values, host.attn.block_tables)
+        if size in self._graphs:
+            self._graphs[size].replay()
+        else:  # what is captured is run, too
+            self._graphs[size] = CapturedGraph(lambda: self._forward(size), self._allocator)
+        return self._hidden[:num_tokens]
+
+
+class StaticInputs:
+    """What graphs read a step from, all its columns in one buffer.
+
+    Attributes:
+        columns: {name: [rows]} on the GPU.
+        block_tables: [max_num_seqs, max_blocks] int32 on the GPU.
+    """
+
+    def __init__(self, columns: Mapping[str, Column], block_tables: GPUBuffer) -> None:
+        self._layout, self._tables = columns, block_tables
+        self._buffer = GPUBuffer(buffer_size(columns), np.uint8, num_hosts=2)
+        arrays = *self._buffer.hosts, self._buffer.data
+        *self._hosts, self.columns = (column_views(columns, array) for array in arrays)
+        self.block_tables = block_tables.data
+        self.upload({}, np.zeros((1, 1), np.int32))
+
+    def upload(self, values: Mapping[str, np.ndarray], block_tables: np.ndarray) -> None:
+        """Enqueue a step's values, with padding behind them, and its block tables [B, blocks in use]."""
+        fill_columns(self._layout, self._hosts[self._buffer.flip()], values)
         self._buffer.copy_from_host()
+        self._tables.flip()
+        self._tables.upload_rows(block_tables)
+
+
+def static_block_tables(max_num_seqs: int, max_blocks: int) -> GPUBuffer:
+    """Block tables that both runners read; two of them at least, see `padded_attention`."""
+    tables = GPUBuffer((max(max_num_seqs, 2), max_blocks), np.int32, num_hosts=2)
+    tables.fill(0)
+    return tables
+
+
+class GraphAllocator(GPUAllocator):
+    """For graphs that run one after the other, and may use the same memory.
+
+    CuPy's pool keeps what was freed on one stream for that stream, and each capture has a stream of its own: here all
+    memory is asked for in the name of one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stream = StreamPool(1).get(0)
+
+    def allocate(self, num_bytes: int) -> Any:  # a cupy.cuda.MemoryPointer
+        with self._stream:
+            return super().allocate(num_bytes)

@@ -18,6 +18,7 @@ import numpy as np
 from mini_vllm.config import EngineConfig, ModelConfig
 from mini_vllm.engine.batch_state import BatchState
 from mini_vllm.engine.model_input import ModelInput, build_model_input, num_scored_tokens
+from mini_vllm.engine.padding import max_prompt_tokens
 from mini_vllm.engine.sampler import build_sampling_batch
 from mini_vllm.models.kv_cache import KVCache
 from mini_vllm.models.registry import LOADERS
@@ -30,7 +31,7 @@ from mini_vllm.tracing import NULL_TRACER, NullTracer, Stopwatch
 logger = logging.getLogger(__name__)
 
 CPU_KV_CACHE_MEMORY = 4 << 30  # bytes; pages of it that no sequence reaches are never touched
-Columns = TypeVar("Columns", ModelInput, AttentionMetadata, SamplingBatch)
+Columns = TypeVar("Columns", AttentionMetadata, SamplingBatch)
 
 SCORED_ROWS = 256  # prompt tokens scored at once: bounds the logits of prompt_logprobs to 256 x vocabulary
 
@@ -69,7 +70,7 @@ class ModelRunner:
         self.model = LOADERS[model_config.architecture](model_config, source, ops, wanted)
         self.tracer: NullTracer = NULL_TRACER
         self.runs_ahead = ops.device == "cuda"
-        self._graphs = None
+        self._graphs = self._prompt_graphs = None
         if ops.device == "cuda":
             ops.finish_loading()
         watch.lap("weights")
@@ -100,16 +101,17 @@ class ModelRunner:
         watch.lap("kv_cache")
         self._download = ops.make_download(config.max_num_seqs, np.int32)
         if ops.device == "cuda" and not config.enforce_eager:
-            from mini_vllm.engine.graph_runner import DecodeGraphRunner
+            from mini_vllm.engine.graph_runner import DecodeGraphRunner, PromptGraphRunner, static_block_tables
 
+            shared = self.model, self.kv, ops, self._drawn, static_block_tables(config.max_num_seqs, max_blocks)
             self._graphs = DecodeGraphRunner(
-                self.model,
-                self.kv,
-                ops,
-                self._drawn,
-                max_num_seqs=config.max_num_seqs,
-                max_model_len=self.max_model_len,
+                *shared, max_num_seqs=config.max_num_seqs, max_model_len=self.max_model_len
             )
+            self._prompt_graphs = PromptGraphRunner(
+                *shared, max_num_tokens=max_prompt_tokens(config), max_model_len=self.max_model_len
+            )
+            # A busy engine fills its steps, so that this many rows are what most prompts are multiplied in.
+            ops.tune([config.max_num_batched_tokens], self.model.projections)
             watch.lap("graphs")
 
     def launch(self, output: SchedulerOutput) -> Callable[[], StepResult]:
@@ -127,25 +129,33 @@ class ModelRunner:
         with span("launch"):
             self._move_blocks(output)
             asked = [n for s in sampling if (n := s.seq.sampling_params.logprobs) is not None]
-            if self._graphs is not None and host.attn.max_seqlen_q == 1 and len(sampling) == output.num_tokens:
-                logits, hidden = self._graphs.forward(host, batch), None
-                if not asked and batch.is_simple:
-                    self._graphs.sample()
-                    return self._wait_for_tokens(len(sampling))
+            is_drawn = False
+            if self._graphs is not None and host.attn.max_seqlen_q == 1 and len(sampling) == len(host.input_ids):
+                logits, hidden, is_drawn = self._graphs.run(host, batch), None, batch.is_simple
             else:
-                inp, attn = self._to_device(host), self._to_device(host.attn)
-                drawn = self._drawn if self.runs_ahead else None
-                hidden = self.model.forward(inp.input_ids, inp.positions, attn, self.kv, inp.logits_indices, drawn)
+                hidden = self._forward(host)
                 logits = self.model.logits(hidden[: len(sampling)]) if sampling else None
             scores = None
             if sampling:
-                raw = logits.copy() if asked else None  # sampling may overwrite them
-                sampled = ops.sample(logits, self._to_device(batch))
-                self._drawn[: len(sampling)] = sampled
+                raw = logits.copy() if asked and not is_drawn else logits  # sampling may overwrite them
+                drawn = self._drawn[: len(sampling)]
+                if not is_drawn:
+                    drawn[:] = ops.sample(logits, self._to_device(batch))
                 if asked:
-                    scores = ops.logprobs(raw, sampled, max(asked))
+                    scores = ops.logprobs(raw, drawn, max(asked))
             scored_prompts = self._score_prompts(output, hidden, len(sampling))
             return self._wait_for_tokens(len(sampling), scores, scored_prompts)
+
+    def _forward(self, host: ModelInput) -> Array:
+        """Run the model on a step given as host arrays: the hidden states [S + P, H] at its logits_indices."""
+        ops = self.ops
+        if self._prompt_graphs is not None and len(host.input_ids) <= self._prompt_graphs.max_num_tokens:
+            hidden = self._prompt_graphs.forward(host)
+        else:
+            ids, positions = ops.to_device(host.input_ids), ops.to_device(host.positions)
+            drawn = self._drawn if self.runs_ahead else None
+            hidden = self.model.forward(ids, positions, self._to_device(host.attn), self.kv, drawn)
+        return ops.embedding(ops.to_device(host.logits_indices), hidden)  # a gather of rows is an embedding
 
     def _wait_for_tokens(
         self,

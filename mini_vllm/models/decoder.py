@@ -84,13 +84,11 @@ class CausalLM:
         positions: Array,
         meta: AttentionMetadata,
         kv: KVCache,
-        indices: Array,
         previous: Array | None = None,
     ) -> Array:
-        """Run the step's tokens, writing their K/V, and return the normed hidden states of some of them.
+        """Run the step's tokens, writing their K/V, and return their hidden states behind the last norm: [T, H].
 
-        input_ids, positions: [T] int32; indices: [S] int32, the rows whose logits are wanted; previous: int32, tokens
-        that input_ids may name, see `Ops.embedding`. Returns [S, H].
+        input_ids, positions: [T] int32; previous: int32, tokens that input_ids may name, see `Ops.embedding`.
         """
         ops = self.ops
         hidden, residual = ops.embedding(input_ids, self.embed_tokens, previous), None
@@ -98,8 +96,6 @@ class CausalLM:
             state = positions, self.rope, kv.keys[i], kv.values[i], meta
             hidden, residual = layer.attention.forward(ops, self.config, layer.input_norm, hidden, residual, *state)
             hidden, residual = layer.mlp.forward(ops, self.config, layer.post_attention_norm, hidden, residual)
-        # Only the rows that need logits go through the last norm (and the head): a row gather is an embedding.
-        hidden, residual = ops.embedding(indices, hidden), ops.embedding(indices, residual)
         return ops.add_rms_norm(hidden, residual, self.norm, self.config.rms_norm_eps)[0]
 
     @property
@@ -114,5 +110,5 @@ class CausalLM:
         ]  # fmt: skip
 
     def logits(self, hidden: Array) -> Array:
-        """hidden [S, H], as `forward` returns it, to logits [S, V] float32."""
+        """Rows of what `forward` returns, hidden [S, H], to logits [S, V] float32."""
         return self.ops.logits(hidden, self.lm_head)

@@ -144,10 +144,7 @@ class Runner:
         )
         ids = np.array([self.prompts[i][p] for i, p in rows], np.int32)
         positions = np.array([p for _, p in rows], np.int32)
-        # Rows are asked for in reverse: which ones is the caller's business.
-        backwards = np.arange(len(rows), dtype=np.int32)[::-1]
-        hidden = self.model.forward(ids, positions, meta, self.kv, backwards)
-        logits = self.model.logits(hidden)[::-1]
+        logits = self.model.logits(self.model.forward(ids, positions, meta, self.kv))
         return dict(zip(chunks, np.split(logits, np.cumsum(list(chunks.values()))[:-1]), strict=True))
 
 
