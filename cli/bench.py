@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mini_vllm.bench.files import output_path
 from mini_vllm.bench.presets import PRESETS, preset_arguments
 from mini_vllm.cli.options import ENGINE_OPTIONS, GroupedCommand, engine_options, given, option_group
 from mini_vllm.config import DEVICES
@@ -18,17 +19,6 @@ if TYPE_CHECKING:
     from mini_vllm.bench.report import Report
     from mini_vllm.bench.throughput import Load
     from mini_vllm.tracing import Tracer
-
-
-def check_parent(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-    """A file in a directory that is not there is bad usage, said before anything is measured."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise click.BadParameter(f"the directory {path.absolute().parent} does not exist")
-    return path
-
-
-def output_path(help: str) -> dict[str, Any]:
-    return {"type": click.Path(dir_okay=False, writable=True, path_type=Path), "callback": check_parent, "help": help}
 
 
 def positive(**attributes: Any) -> dict[str, Any]:

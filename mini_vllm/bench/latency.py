@@ -22,7 +22,7 @@ from mini_vllm.bench.runner import (
     decode_step_bytes,
     engine_state,
     generate,
-    measured_bandwidth,
+    measured_roofs,
     trace,
     with_engine,
 )
@@ -64,7 +64,7 @@ def measure_latency(
     report, tracer = with_engine(arguments, measure)
     if report.engine["device"] == "cuda" and "decode_ms" in report.metrics:
         # After the engine is gone, since its KV cache takes all the memory that it finds.
-        add_bandwidth(report, measured_bandwidth())
+        add_bandwidth(report, measured_roofs()[0])
     return report, tracer
 
 

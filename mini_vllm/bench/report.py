@@ -6,7 +6,7 @@ the keys at the top of the JSON file.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import platform
 import shutil
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from mini_vllm import __version__
+from mini_vllm.bench.files import read_json, write_json
 from mini_vllm.bench.runner import Run
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
@@ -102,7 +103,7 @@ class Report:
         }
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_json(self.to_dict(), path)
 
 
 # ---- the machine ------------------------------------------------------------------------------------------
@@ -132,10 +133,8 @@ def environment(device: str) -> dict[str, Any]:
         found["driver_cuda"] = f"{info.driver_version // 1000}.{info.driver_version % 1000 // 10}"
         found["nvrtc"] = ".".join(map(str, nvrtc_version()))
         for package in ("cupy-cuda12x", "cupy-cuda13x", "cupy"):
-            try:
+            with contextlib.suppress(metadata.PackageNotFoundError):
                 found["cupy"] = metadata.version(package)
-            except metadata.PackageNotFoundError:
-                continue
     found["nvidia_smi"] = _nvidia_smi()
     return {name: value for name, value in found.items() if value not in (None, {}, [])}
 
@@ -282,15 +281,12 @@ def engine_lines(report: Report) -> Iterator[str]:
 
 def load_report(path: Path) -> dict[str, Any]:
     """A file that `Report.write` made. Raises `ValueError` for anything else."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    report = read_json(path)
     metrics = report.get("metrics") if isinstance(report, dict) else None
     keys = {"median", "median_error", "unit", "higher_is_better"}
     is_ours = isinstance(metrics, dict) and all(isinstance(m, dict) and keys <= m.keys() for m in metrics.values())
     if not is_ours or "benchmark" not in report:
-        raise ValueError(f"{path} is not a report of `mini-vllm bench ... --output-json`")
+        raise ValueError(f"{path} is not a report that a benchmark wrote for --output-json")
     return report
 
 

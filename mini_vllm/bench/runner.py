@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import ml_dtypes
 from tqdm import tqdm
 
 from mini_vllm.bench.workloads import Workload
@@ -231,14 +232,14 @@ def array_bytes(value: Any) -> int:
     return getattr(value, "nbytes", 0)
 
 
-def measured_bandwidth() -> float:
-    """Bytes a second that this GPU reads from a weight of a gigabyte. Needs 2 GiB of its memory."""
-    from mini_vllm.bench.kernels import measure_bandwidth
+def measured_roofs() -> tuple[float, float]:
+    """This GPU's (bytes a second of reading, bfloat16 matrix FLOP a second). Needs 2 GiB of its memory."""
+    from mini_vllm.bench.kernels import measure_roofs
     from mini_vllm.ops.cuda.cuda_ops import CudaOps
 
-    bandwidth = measure_bandwidth(CudaOps())
+    roofs = measure_roofs(CudaOps(ml_dtypes.bfloat16))
     free_gpu_memory()
-    return bandwidth
+    return roofs
 
 
 # ---- what a run took --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from mini_vllm.bench.files import output_path
 from mini_vllm.bench.report import Metric, Report, percentile
 from mini_vllm.sampling_params import SamplingParams
 from mini_vllm.scheduling.block_manager import BlockManager
@@ -147,9 +148,7 @@ def timing_lines(timings: dict[int, Timing]) -> Iterator[str]:
 @click.option("--context", default=1024, show_default=True, type=click.IntRange(min=1), help="Tokens of a sequence.")
 @click.option("--block-size", default=16, show_default=True, type=click.IntRange(min=1))
 @click.option("--no-prefix-caching", is_flag=True)
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write every sample here."
-)
+@click.option("--output-json", **output_path("Write every sample to this file."))
 def main(
     num_seqs: int,
     queue_lengths: tuple[int, ...],
@@ -157,7 +156,7 @@ def main(
     context: int,
     block_size: int,
     no_prefix_caching: bool,
-    json_path: Path | None,
+    output_json: Path | None,
 ) -> None:
     """Time the scheduler's part of a decode step, in microseconds."""
     settings = {"num_steps": num_steps, "context": context, "block_size": block_size}
@@ -166,8 +165,8 @@ def main(
     click.echo(f"{num_seqs} decoding sequences, {num_steps} steps")
     for line in timing_lines(timings):
         click.echo(line)
-    if json_path is not None:
-        timing_report(timings, {"num_seqs": num_seqs, **settings}).write(json_path)
+    if output_json is not None:
+        timing_report(timings, {"num_seqs": num_seqs, **settings}).write(output_json)
 
 
 if __name__ == "__main__":

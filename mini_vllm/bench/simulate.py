@@ -15,7 +15,6 @@ equal just where they are made of the same messages.
 from __future__ import annotations
 
 import heapq
-import json
 import math
 import random
 import time
@@ -27,6 +26,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from mini_vllm.bench.files import output_path, write_json
 from mini_vllm.bench.plot import plot_simulation, require_matplotlib
 from mini_vllm.bench.report import Metric, Report, percentile, request_metrics
 from mini_vllm.bench.runner import RequestTiming, Run
@@ -438,8 +438,8 @@ def _at_least(low: int) -> click.IntRange:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A JSON table of step times, as bench.step_cost writes it, instead of the model's.",
 )
-@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw the figures here.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
+@click.option("--plot", **output_path("Draw the figures here (png, svg, pdf); needs the plot extra."))
+@click.option("--output-json", **output_path("Write the figures here."))
 def main(
     policies: tuple[str, ...],
     num_kv_blocks: int,
@@ -450,8 +450,8 @@ def main(
     no_prefix_caching: bool,
     model: str,
     step_times: Path | None,
-    plot_path: Path | None,
-    json_path: Path | None,
+    plot: Path | None,
+    output_json: Path | None,
     **traffic_options: Any,
 ) -> None:
     """Simulate hours of chat traffic on one GPU, for each scheduling policy."""
@@ -459,12 +459,9 @@ def main(
         raise click.UsageError("--max-num-batched-tokens must be at least --max-num-seqs: each sequence takes one")
     if swap_blocks and no_prefix_caching:
         raise click.UsageError("--swap-blocks holds what the prefix cache gives up; leave out --no-prefix-caching")
-    for path in (plot_path, json_path):
-        if path is not None and not path.parent.is_dir():
-            raise click.UsageError(f"{path} cannot be written: there is no directory {path.parent}")
     server = Server(num_kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, swap_blocks, not no_prefix_caching)
     try:
-        if plot_path is not None:
+        if plot is not None:
             require_matplotlib()
         table = StepTable.read(STEP_TABLES[model] if step_times is None else step_times)
         cost = StepCost.fit(table)
@@ -484,14 +481,14 @@ def main(
         metrics = {simulation.policy: simulation_metrics(simulation) for simulation in simulations}
         for line in table_lines(metrics):
             click.echo(line)
-        if plot_path is not None or json_path is not None:
+        if plot is not None or output_json is not None:
             found = simulation_report(simulations, metrics, traffic, server, cost, table).to_dict()
-        if plot_path is not None:
-            plot_simulation(found, plot_path)
-        if json_path is not None:
+        if plot is not None:
+            plot_simulation(found, plot)
+        if output_json is not None:
             for metric in found["metrics"].values():
                 del metric["samples"]  # millions; the seed brings them back
-            json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            write_json(found, output_json)
     except (ValueError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
 

@@ -26,7 +26,7 @@ PARTS = {
     "weights": "weights on the device",
     "kernels": "kernels compiled or taken from the cache, and loaded",
     "kv_cache": "memory measured, KV cache allocated",
-    "graphs": "decode steps captured as CUDA graphs",
+    "graphs": "CUDA graphs: decode steps captured, memory for prompt steps; products tuned",
     "other": "config, tokenizer and the rest of the engine",
     "first_token": "one token, greedy",
 }

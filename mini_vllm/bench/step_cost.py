@@ -3,7 +3,7 @@
 seconds = fixed                  weights are read once, kernels are launched
         + per_decode_sequence    for each sequence that decodes
         + per_context_token      for each token whose K/V a decoding sequence reads
-        + per_prefill_step       if prompts are computed: its kernels are launched one by one, not as a graph
+        + per_prefill_step       if prompts are computed: long steps' kernels are launched one by one, not as a graph
         + per_prefill_token      for each token of a prompt that is computed
         + per_attention_pair     for each pair of a prompt's token and one that it sees
         + per_moved_token        for each token whose K/V moves between device and host memory
@@ -11,7 +11,6 @@ seconds = fixed                  weights are read once, kernels are launched
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
+from mini_vllm.bench.files import output_path, read_json, write_json
 from mini_vllm.bench.presets import PRESETS, preset_arguments
 from mini_vllm.bench.report import environment
 from mini_vllm.bench.runner import with_engine
@@ -66,16 +66,16 @@ class StepTable:
     source: str
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_json(asdict(self), path)
 
     @classmethod
     def read(cls, path: Path) -> StepTable:
         """A JSON file with this class's fields; each row is [tokens, sequences, context, seconds]."""
+        found = read_json(path)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
             rows = [StepTime(*map(float, row)) for row in found["rows"]]
             return cls(rows, float(found["seconds_per_moved_token"]), str(found["source"]))
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             form = '{"source": "...", "seconds_per_moved_token": 1e-6, "rows": [[tokens, sequences, context, seconds]]}'
             raise ValueError(f"{path} is not a table of step times like {form}: {error!r}") from None
 
@@ -255,7 +255,7 @@ def measure_step_times(
 @click.option("--max-num-batched-tokens", default=8192, show_default=True)
 @click.option("--swap-space", default=1 << 28, show_default=True, help="Bytes, to measure what moving blocks takes.")
 @click.option("--steps", "num_steps", default=32, show_default=True)
-@click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The table, as JSON.")
+@click.option("--output", required=True, **output_path("The table, as JSON."))
 def main(
     preset: str | None,
     batch_sizes: tuple[int, ...],

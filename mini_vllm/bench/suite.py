@@ -17,24 +17,24 @@ from tqdm import tqdm
 from mini_vllm.bench.latency import decode_step_seconds
 from mini_vllm.bench.presets import preset_arguments
 from mini_vllm.bench.report import Metric, Report
-from mini_vllm.bench.runner import decode_step_bytes, engine_state, free_gpu_memory, generate, with_engine
+from mini_vllm.bench.runner import decode_step_bytes, engine_state, generate, measured_roofs, with_engine
 from mini_vllm.bench.startup import measure_startup
-from mini_vllm.bench.throughput import nano_report
+from mini_vllm.bench.throughput import NANO_ENGINE, nano_report
 from mini_vllm.bench.workloads import random_workload
 from mini_vllm.engine.llm_engine import LLMEngine
 from mini_vllm.sampling_params import SamplingParams
 
 PEERS = "vLLM 0.26.0 and nano-vllm, 2026-11, one H200"
-# One engine serves all rows of a model: 4096 prompt tokens and some more, and steps as large as nano-vllm's.
-ENGINE = {"max_model_len": 4352, "max_num_batched_tokens": 16384, "enable_prefix_caching": False}
+# One engine serves all rows of a model: that of `mini-vllm bench nano`, with room for more than 4096 prompt tokens.
+ENGINE = {**NANO_ENGINE, "max_model_len": 4352, "enable_prefix_caching": False}
 QUICK_ENGINE = {"max_model_len": 512, "enable_prefix_caching": False}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Samples of a row; step_bytes: what a decode step must read, to compare with the bandwidth."""
+    """A row's figure; step_bytes: what a decode step must read, to compare with the bandwidth."""
 
-    samples: list[float]
+    metric: Metric
     step_bytes: float | None = None
 
 
@@ -44,14 +44,9 @@ class Row:
 
     name: str
     preset: str | None
-    unit: str
     measure: Callable[[LLMEngine], Measured]
     vllm: float | None = None
     nano_vllm: float | None = None
-
-    @property
-    def higher_is_better(self) -> bool:
-        return self.unit == "tok/s"
 
 
 def decode(batch_size: int, input_len: int = 128, output_len: int = 256, iters: int = 10) -> Callable:
@@ -62,7 +57,7 @@ def decode(batch_size: int, input_len: int = 128, output_len: int = 256, iters: 
         params = workload.sampling_params(temperature=0)
         generate(engine, workload, params)
         samples = [1e3 * decode_step_seconds(generate(engine, workload, params)) for _ in range(iters)]
-        return Measured(samples, decode_step_bytes(engine, batch_size, input_len + output_len / 2))
+        return Measured(Metric(samples, "ms/step"), decode_step_bytes(engine, batch_size, input_len + output_len / 2))
 
     return measure
 
@@ -74,7 +69,8 @@ def prefill(num_prompts: int = 16, input_len: int = 4096, iters: int = 5) -> Cal
         workload = random_workload(num_prompts, input_len, 1, engine.model_config.vocab_size)
         params = workload.sampling_params(temperature=0)
         generate(engine, workload, params)
-        return Measured([workload.num_prompt_tokens / generate(engine, workload, params).elapsed for _ in range(iters)])
+        samples = [workload.num_prompt_tokens / generate(engine, workload, params).elapsed for _ in range(iters)]
+        return Measured(Metric(samples, "tok/s", higher_is_better=True))
 
     return measure
 
@@ -83,36 +79,40 @@ def nano(iters: int = 3, **smaller: int) -> Callable:
     """Output tokens per second of nano-vllm's workload."""
 
     def measure(engine: LLMEngine) -> Measured:
-        return Measured(nano_report(engine, iters, **smaller).metrics["output_throughput"].samples)
+        return Measured(nano_report(engine, iters, **smaller).metrics["output_throughput"])
 
     return measure
 
 
+# The rows of a model are measured in this order. Prefill comes last: it heats the GPU up, and what follows is slower.
 ROWS = [
-    Row("Qwen3-0.6B decode, batch 1", "qwen3-0.6b", "ms/step", decode(1), vllm=1.63, nano_vllm=2.22),
-    Row("Qwen3-0.6B decode, batch 8", "qwen3-0.6b", "ms/step", decode(8), vllm=1.63, nano_vllm=2.28),
-    Row("Qwen3-0.6B prefill 16 x 4096", "qwen3-0.6b", "tok/s", prefill(), vllm=354_500, nano_vllm=319_400),
-    Row("Qwen3-0.6B nano workload", "qwen3-0.6b", "tok/s", nano(), vllm=23_560, nano_vllm=20_520),
-    Row("Qwen3-8B decode, batch 1", "qwen3-8b", "ms/step", decode(1), vllm=5.19),
-    Row("Qwen3-8B decode, batch 8", "qwen3-8b", "ms/step", decode(8), vllm=5.49),
-    Row("Qwen3-8B prefill 16 x 4096", "qwen3-8b", "tok/s", prefill(), vllm=40_430),
-    Row("Qwen3-8B nano workload", "qwen3-8b", "tok/s", nano(), vllm=9_080),
+    Row("Qwen3-0.6B decode, batch 1", "qwen3-0.6b", decode(1), vllm=1.63, nano_vllm=2.22),
+    Row("Qwen3-0.6B decode, batch 8", "qwen3-0.6b", decode(8), vllm=1.63, nano_vllm=2.28),
+    Row("Qwen3-0.6B nano workload", "qwen3-0.6b", nano(), vllm=23_560, nano_vllm=20_520),
+    Row("Qwen3-0.6B prefill 16 x 4096", "qwen3-0.6b", prefill(), vllm=354_500, nano_vllm=319_400),
+    Row("Qwen3-8B decode, batch 1", "qwen3-8b", decode(1), vllm=5.19),
+    Row("Qwen3-8B decode, batch 8", "qwen3-8b", decode(8), vllm=5.49),
+    Row("Qwen3-8B nano workload", "qwen3-8b", nano(), vllm=9_080),
+    Row("Qwen3-8B prefill 16 x 4096", "qwen3-8b", prefill(), vllm=40_430),
 ]
 QUICK_ROWS = [
-    Row("demo decode, batch 1", None, "ms/step", decode(1, 16, 16, iters=3)),
-    Row("demo decode, batch 8", None, "ms/step", decode(8, 16, 16, iters=3)),
-    Row("demo prefill 2 x 256", None, "tok/s", prefill(2, 256, iters=3)),
-    Row("demo small nano workload", None, "tok/s", nano(1, num_prompts=8, max_input_len=32, max_output_len=16)),
+    Row("demo decode, batch 1", None, decode(1, 16, 16, iters=3)),
+    Row("demo decode, batch 8", None, decode(8, 16, 16, iters=3)),
+    Row("demo small nano workload", None, nano(1, num_prompts=8, max_input_len=32, max_output_len=16)),
+    Row("demo prefill 2 x 256", None, prefill(2, 256, iters=3)),
 ]
 # From import to an engine that is ready. The peers' best: vLLM 12 + 46 s (to 17 + 77), nano-vllm 12 + 20 s.
-STARTUP = "{} startup, {}"
 STARTUP_PEERS = {"vllm": 58.0, "nano_vllm": 32.0}
 
 
 def row_names(quick: bool = False) -> list[str]:
+    return [row.name for row in (QUICK_ROWS if quick else ROWS)] + list(startup_names(quick).values())
+
+
+def startup_names(quick: bool) -> dict[str, str]:
+    """The rows of the start-up: their names by phase."""
     model = "demo" if quick else "Qwen3-0.6B"
-    startups = [STARTUP.format(model, phase) for phase in ("cold", "warm")]
-    return [row.name for row in (QUICK_ROWS if quick else ROWS)] + startups
+    return {phase: f"{model} startup, {phase}" for phase in ("cold", "warm")}
 
 
 def run_suite(
@@ -138,7 +138,8 @@ def run_suite(
     report = Report("suite", {"quick": quick, "only": list(only)}, {"device": found_device}, {})
     report.details = {"check": check, "peers": PEERS, "roofs": {}, "engines": {}, "rows": {}, "failures": {}}
     if found_device == "cuda":
-        report.details["roofs"] = measured_roofs()
+        bandwidth, flops = measured_roofs()
+        report.details["roofs"] = {"bandwidth_gb_per_s": bandwidth / 1e9, "matmul_tflop_per_s": flops / 1e12}
 
     rows = [row for row in (QUICK_ROWS if quick else ROWS) if selected(row.name)]
     with tqdm(total=len(rows) + 1, desc="Suite", unit="row", disable=None) as progress:
@@ -161,7 +162,7 @@ def _measure_rows(report: Report, arguments: dict[str, Any], rows: list[Row], pr
             progress.set_postfix_str(row.name)
             try:
                 engine.reset_prefix_cache()
-                add_row(report, row, row.measure(engine))
+                add_row(report, row.name, row.measure(engine), row.vllm, row.nano_vllm)
             except Exception as error:  # the other rows are worth having; the suite says that it failed
                 failures[row.name] = f"{type(error).__name__}: {error}"
             progress.update()
@@ -175,33 +176,30 @@ def _measure_rows(report: Report, arguments: dict[str, Any], rows: list[Row], pr
                 failures.setdefault(row.name, f"{type(error).__name__}: {error}")
 
 
-def add_row(report: Report, row: Row, measured: Measured) -> None:
-    """Put a row's samples into the report, beside the peers' figures."""
-    metric = Metric(measured.samples, row.unit, row.higher_is_better)
-    report.metrics[row.name] = metric
-    entry: dict[str, Any] = {"vllm": row.vllm, "nano_vllm": row.nano_vllm}
+def add_row(
+    report: Report, name: str, measured: Measured, vllm: float | None = None, nano_vllm: float | None = None
+) -> None:
+    """Put a row's figure into the report, beside the peers'."""
+    metric = measured.metric
+    report.metrics[name] = metric
+    entry: dict[str, Any] = {"vllm": vllm, "nano_vllm": nano_vllm}
     for peer in ("vllm", "nano_vllm"):
         if entry[peer] is not None:
             ratio = metric.median / entry[peer]
-            entry[f"times_{peer}"] = ratio if row.higher_is_better else 1 / ratio
+            entry[f"times_{peer}"] = ratio if metric.higher_is_better else 1 / ratio
     bandwidth = report.details["roofs"].get("bandwidth_gb_per_s")
     if measured.step_bytes is not None:
         entry["step_bytes"] = measured.step_bytes
         if bandwidth is not None:
             entry["share_of_bandwidth_limit"] = measured.step_bytes / (bandwidth * 1e9) / (metric.median / 1e3)
-    report.details["rows"][row.name] = entry
+    report.details["rows"][name] = entry
 
 
 def _measure_startup(
     report: Report, quick: bool, device: str, selected: Callable[[str], bool], iters: tuple[int, int]
 ) -> None:
-    model, preset = ("demo", None) if quick else ("Qwen3-0.6B", "qwen3-0.6b")
-    peers = {} if quick else STARTUP_PEERS
-    rows = {
-        phase: Row(STARTUP.format(model, phase), preset, "s", lambda engine: Measured([]), **peers)
-        for phase in ("cold", "warm")
-    }
-    wanted = {phase: row for phase, row in rows.items() if selected(row.name)}
+    preset, peers = (None, {}) if quick else ("qwen3-0.6b", STARTUP_PEERS)
+    wanted = {phase: name for phase, name in startup_names(quick).items() if selected(name)}
     if not wanted:
         return
     counts = {"num_iters_cold": iters[0] * ("cold" in wanted), "num_iters_warm": iters[1] * ("warm" in wanted)}
@@ -209,10 +207,10 @@ def _measure_startup(
         with preset_arguments(preset) as arguments:
             startup = measure_startup({**arguments, "device": device}, **counts)
     except RuntimeError as error:
-        report.details["failures"] |= {row.name: str(error) for row in wanted.values()}
+        report.details["failures"] |= dict.fromkeys(wanted.values(), str(error))
         return
-    for phase, row in wanted.items():
-        add_row(report, row, Measured(startup.metrics[f"{phase}_ready_s"].samples))
+    for phase, name in wanted.items():
+        add_row(report, name, Measured(startup.metrics[f"{phase}_ready_s"]), **peers)
     report.details["startup"] = {name: metric.to_dict() for name, metric in startup.metrics.items()}
 
 
@@ -259,18 +257,6 @@ def compare_tokens(actual: list[list[int]], expected: list[list[int]]) -> None:
                     f"token {a} at output position {position}, the NumPy backend {b} (greedy, float32); "
                     "nothing was measured, run the tests: pytest -m gpu"
                 )
-
-
-def measured_roofs() -> dict[str, float]:
-    """This GPU's bandwidth (reading) and bfloat16 matrix rate."""
-    import ml_dtypes
-
-    from mini_vllm.bench.kernels import measure_roofs
-    from mini_vllm.ops.cuda.cuda_ops import CudaOps
-
-    bandwidth, flops = measure_roofs(CudaOps(ml_dtypes.bfloat16))
-    free_gpu_memory()
-    return {"bandwidth_gb_per_s": bandwidth / 1e9, "matmul_tflop_per_s": flops / 1e12}
 
 
 # ---- the table --------------------------------------------------------------------------------------------

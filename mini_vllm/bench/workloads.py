@@ -5,7 +5,6 @@ All drawn with Python's `random` from a seed, so that a workload is the same on 
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from mini_vllm.bench.files import read_json
 from mini_vllm.sampling_params import SamplingParams
 
 MAX_TOKEN_ID = 10_000  # as vLLM's and nano-vllm's benchmarks: ids that every usual vocabulary has
@@ -185,10 +185,7 @@ def read_sharegpt(path: Path) -> list[tuple[str, str]]:
 
     Raises `ValueError` with the place for a file of another form, and for one without any conversation.
     """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    entries = read_json(path)
     form = '[{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}, ...]'
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold {form}, got {type(entries).__name__} at the top")

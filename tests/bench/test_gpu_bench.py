@@ -6,8 +6,9 @@ import pytest
 
 from mini_vllm.bench.latency import latency_lines, measure_latency
 from mini_vllm.bench.presets import preset_arguments
+from mini_vllm.bench.runner import measured_roofs
 from mini_vllm.bench.startup import PARTS, start_once
-from mini_vllm.bench.suite import check_tokens, measured_roofs
+from mini_vllm.bench.suite import check_tokens
 from mini_vllm.bench.throughput import Load, measure_throughput
 from mini_vllm.bench.workloads import random_workload
 
@@ -22,9 +23,9 @@ def test_the_gpu_s_tokens_are_those_of_the_specification():
 
 
 def test_roofs_are_those_of_a_gpu():
-    roofs = measured_roofs()
-    assert 100 < roofs["bandwidth_gb_per_s"] < 20_000
-    assert 10 < roofs["matmul_tflop_per_s"] < 5_000
+    bandwidth, flops = measured_roofs()
+    assert 100e9 < bandwidth < 20e12
+    assert 10e12 < flops < 5e15
 
 
 def test_latency_of_a_preset_reaches_for_the_bandwidth_and_leaves_no_memory_behind():
@@ -76,3 +77,14 @@ def test_a_cold_start_compiles_and_a_warm_one_does_not():
     assert device == "cuda"
     assert set(PARTS) <= set(cold)
     assert cold["kernels"] > 2 * warm["kernels"]
+
+
+def test_kernels_are_timed():
+    from mini_vllm.bench.kernels import REPLAYS, measure_kernels
+
+    found = measure_kernels("bfloat16", only="1 x 256, 16/8 heads").to_dict()
+    name = "rope_attention decode 1 x 256, 16/8 heads"
+    assert list(found["metrics"]) == list(found["cases"]) == [name]
+    assert len(found["metrics"][name]["samples"]) == REPLAYS
+    assert 0 < found["cases"][name]["share_of_roof"] < 1.1
+    assert {"gpu", "nvrtc", "cupy", "driver_cuda"} <= set(found["environment"])

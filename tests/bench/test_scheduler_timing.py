@@ -33,7 +33,7 @@ def test_runs_of_the_garbage_collector_are_counted():
 def test_command(tmp_path):
     path = tmp_path / "report.json"
     arguments = ["--num-seqs", "4", "--waiting", "0", "--waiting", "30", "--steps", "5", "--context", "20"]
-    result = CliRunner().invoke(main, [*arguments, "--no-prefix-caching", "--json", str(path)])
+    result = CliRunner().invoke(main, [*arguments, "--no-prefix-caching", "--output-json", str(path)])
     assert result.exit_code == 0, result.output
     assert "4 decoding sequences, 5 steps" in result.output
     assert "30 waiting, us" in result.output

@@ -192,7 +192,7 @@ ARGUMENTS = ["--num-requests", "60", "--turns", "3", "--input-len", "20", "--out
 
 def test_command_compares_policies(tmp_path):
     path = tmp_path / "report.json"
-    result = CliRunner().invoke(main, [*ARGUMENTS, "--json", str(path)])
+    result = CliRunner().invoke(main, [*ARGUMENTS, "--output-json", str(path)])
     assert result.exit_code == 0, result.output
     for text in ("60 requests of 20 conversations", "Prefix cache hit rate", "Preemptions", "TTFT, ms: mean", "P99"):
         assert text in result.output
@@ -213,7 +213,7 @@ def test_command_takes_the_engine_s_settings(tmp_path):
     options = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     load = ["--request-rate", "inf", "--system-prompts", "0", "--seed", "3"]
     arguments = [*ARGUMENTS, *options, *load, "--policy", "sjf", "--policy", "sjf", "--step-times", str(table)]
-    result = CliRunner().invoke(main, [*arguments, "--json", str(path)])
+    result = CliRunner().invoke(main, [*arguments, "--output-json", str(path)])
     assert result.exit_code == 0, result.output
     report = json.loads(path.read_text())
     assert report["policies"] == ["sjf"]
@@ -230,7 +230,8 @@ def test_command_takes_the_engine_s_settings(tmp_path):
         (["--request-rate", "0"], "0.0 is not in the range"),
         (["--max-num-seqs", "300", "--max-num-batched-tokens", "200"], "must be at least --max-num-seqs"),
         (["--swap-blocks", "8", "--no-prefix-caching"], "leave out --no-prefix-caching"),
-        (["--json", "no/such/directory/report.json"], "there is no directory no/such/directory"),
+        (["--output-json", "/no/such/directory/file.json"], "directory /no/such/directory does not exist"),
+        (["--plot", "/no/such/directory/plot.png"], "directory /no/such/directory does not exist"),
     ],
 )
 def test_bad_usage_is_named(arguments, message):

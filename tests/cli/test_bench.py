@@ -49,9 +49,10 @@ def test_help():
     assert "bench" in CliRunner().invoke(cli, ["--help"]).output
 
 
-def test_the_commands_module_imports_no_engine():
+@pytest.mark.parametrize("module", ["bench", "kernels"])
+def test_the_commands_module_imports_no_engine(module):
     code = (
-        "import sys, mini_vllm.cli.bench; "
+        f"import sys, mini_vllm.cli.{module}; "
         "print(sorted({'numpy', 'cupy', 'tokenizers', 'matplotlib', 'mini_vllm.engine'} & set(sys.modules)))"
     )
     env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
@@ -170,13 +171,17 @@ def test_sweep(tmp_path):
 
 def test_quick_suite(tmp_path):
     path = tmp_path / "results.json"
-    result = invoke_well("suite", "--quick", *CPU, "--only", "decode", "--only", "warm", "--out", path)
+    selected = [word for text in ("batch", "nano", "prefill", "warm") for word in ("--only", text)]
+    result = invoke_well("suite", "--quick", *CPU, *selected, "--out", path)
     assert [line for line in result.stdout.splitlines() if line.startswith("demo decode, batch 8")]
-    assert list(json.loads(path.read_text())["metrics"]) == [
-        "demo decode, batch 1",
-        "demo decode, batch 8",
-        "demo startup, warm",
-    ]
+    metrics = json.loads(path.read_text())["metrics"]
+    assert {name: (metric["unit"], metric["higher_is_better"]) for name, metric in metrics.items()} == {
+        "demo decode, batch 1": ("ms/step", False),
+        "demo decode, batch 8": ("ms/step", False),
+        "demo small nano workload": ("tok/s", True),
+        "demo prefill 2 x 256": ("tok/s", True),
+        "demo startup, warm": ("s", False),
+    }
     assert invoke_well("suite", "--list").stdout.splitlines() == suite.row_names()
 
 
@@ -184,7 +189,7 @@ def test_a_suite_with_a_failed_row_writes_its_file_and_fails(tmp_path, monkeypat
     def fail(engine):
         raise ValueError("too hot")
 
-    monkeypatch.setattr(suite, "QUICK_ROWS", [suite.Row("hot", None, "tok/s", fail)])
+    monkeypatch.setattr(suite, "QUICK_ROWS", [suite.Row("hot", None, fail)])
     path = tmp_path / "results.json"
     result = invoke("suite", "--quick", *CPU, "--only", "hot", "--out", path)
     assert result.exit_code == 1
