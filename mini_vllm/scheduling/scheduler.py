@@ -163,6 +163,8 @@ class Scheduler:
                     output.grown.append(seq)
             if seq.status is SequenceStatus.RUNNING:
                 output.scheduled.append(ScheduledSequence(seq, num_tokens - 1, 1, True))
+                if num_tokens == seq.num_prompt_tokens:  # the one that a chunk has left
+                    self._publish(seq, num_tokens)
 
     def _continue_prefills(self, output: SchedulerOutput, budget: int) -> int:
         """The next chunk of each admitted sequence that is still being computed; their blocks are there."""

@@ -465,12 +465,21 @@ def test_what_a_chunk_computes_is_shared_from_that_step_on():
     assert second.num_cached_tokens == 12
 
 
-def test_two_that_compute_the_same_block_keep_one_each():
+def test_the_last_token_of_a_prompt_is_shared_too_where_a_chunk_left_it_alone():
     scheduler = make_scheduler(cached=True, max_num_batched_tokens=11)
     first = add(scheduler, 0, prompt=[*A, *B, *C])
-    step(scheduler)
+    assert plan(step(scheduler)) == [(0, 0, 11)]
     second = add(scheduler, 1, prompt=[*A, *B, *C, 7])
-    assert plan(step(scheduler)) == [(0, 11, 1), (1, 8, 5)]  # 0 fills its third block as a decode does
+    assert plan(step(scheduler)) == [(0, 11, 1), (1, 12, 1)]
+    assert first.block_table[:3] == second.block_table[:3]
+
+
+def test_two_that_compute_the_same_block_keep_one_each():
+    scheduler = make_scheduler(cached=True)
+    first = add(scheduler, 0, prompt=[*A, *B, *[WORD] * 3])
+    step(scheduler)
+    second = add(scheduler, 1, prompt=[*A, *B, *[WORD] * 4, 7])
+    assert plan(step(scheduler)) == [(0, 11, 1), (1, 8, 5)]  # 0 fills its third block with a token that it has drawn
     assert first.block_table[:2] == second.block_table[:2]
     assert first.block_table[2] != second.block_table[2]
     finish_all(scheduler)
