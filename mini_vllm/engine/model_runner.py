@@ -143,7 +143,7 @@ class ModelRunner:
                     drawn[:] = ops.sample(logits, self._to_device(batch))
                 if asked:
                     scores = ops.logprobs(raw, drawn, max(asked))
-            scored_prompts = self._score_prompts(output, hidden, len(sampling))
+            scored_prompts = () if hidden is None else self._score_prompts(output, hidden, len(sampling))
             return self._wait_for_tokens(len(sampling), scores, scored_prompts)
 
     def _forward(self, host: ModelInput) -> Array:
@@ -203,7 +203,7 @@ class ModelRunner:
         return columns if self.ops.device == "cpu" else map_arrays(columns, self.ops.to_device)
 
     def _score_prompts(
-        self, output: SchedulerOutput, hidden: Array | None, row: int
+        self, output: SchedulerOutput, hidden: Array, row: int
     ) -> list[tuple[Sequence, int, TokenLogprobs]]:
         """Log probabilities of prompt tokens: hidden [row:] are the states that predict them, in the plan's order."""
         results = []
