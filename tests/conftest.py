@@ -92,11 +92,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     functions: dict[tuple, list[pytest.Item]] = {}
     for item in items:
         functions.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
-    kept = [
-        cases[len(cases) * i // num_cases] for cases in functions.values() for i in range(min(num_cases, len(cases)))
-    ]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = dict.fromkeys(kept)
+    kept = set()
+    for cases in functions.values():
+        count = min(num_cases, len(cases))
+        kept.update(cases[len(cases) * i // count] for i in range(count))
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def allocate_alone(num_bytes: int) -> cupy.cuda.MemoryPointer:

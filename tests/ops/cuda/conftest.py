@@ -18,9 +18,7 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     import cupy
 
-    below = cupy.get_default_memory_pool().malloc
-    if request.config.getoption("--sanitizer") is not None:
-        below = cupy.cuda.get_allocator()
+    below = cupy.cuda.get_allocator()
 
     def allocate(num_bytes: int) -> cupy.cuda.MemoryPointer:
         pointer = below(num_bytes)
