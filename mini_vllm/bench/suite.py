@@ -84,7 +84,8 @@ def nano(iters: int = 3, **smaller: int) -> Callable:
     return measure
 
 
-# The rows of a model are measured in this order. Prefill comes last: it heats the GPU up, and what follows is slower.
+# The rows of a model are measured in this order, on one engine: each meets the GPU and the free blocks as the one
+# before has left them.
 ROWS = [
     Row("Qwen3-0.6B decode, batch 1", "qwen3-0.6b", decode(1), vllm=1.63, nano_vllm=2.22),
     Row("Qwen3-0.6B decode, batch 8", "qwen3-0.6b", decode(8), vllm=1.63, nano_vllm=2.28),

@@ -60,10 +60,6 @@ class DecodeGraphRunner:
         }
 
     @property
-    def num_graphs(self) -> int:
-        return len(self._graphs)
-
-    @property
     def reserved_bytes(self) -> int:
         return self._allocator.get_reserved()
 

@@ -228,9 +228,9 @@ class Scheduler:
         block_size = self.block_manager.block_size
         block = source.block_table[reusable // block_size]
         return any(
-            block in seq.block_table[start // block_size : -(-(start + num_tokens) // block_size)]
-            for seq, start, num_tokens, _ in output.scheduled
-            if seq is not source
+            block in other.block_table[start // block_size : -(-(start + num_tokens) // block_size)]
+            for other, start, num_tokens, _ in output.scheduled
+            if other is not source
         )
 
     def _take_blocks(self, seq: Sequence, output: SchedulerOutput) -> bool:
