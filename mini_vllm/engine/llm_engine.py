@@ -370,9 +370,9 @@ class LLMEngine:
 
     def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
         vocab_size = self.model_config.vocab_size
-        for token_id in token_ids:
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(f"{name}: token id {token_id} is not in the vocabulary, 0 to {vocab_size - 1}")
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+            raise ValueError(f"{name}: token id {wrong} is not in the vocabulary, 0 to {vocab_size - 1}")
 
     def _make_detokenizer(self, token_ids: list[int], params: SamplingParams) -> IncrementalDetokenizer | None:
         if self.tokenizer is None or not params.detokenize:
