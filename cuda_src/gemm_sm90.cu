@@ -3,34 +3,44 @@
 // Shapes: x [num_rows, in_features]; W [out_features, in_features], both with rows of whole 16-byte vectors; y
 // [num_rows, out_features], out_features a multiple of 8. T has 16 bits; sums are float, rounded to T once.
 //
-// Who does what: a block makes 128 outputs for ROWS rows of x; the blocks of a cluster share the columns. One thread
-// lets the copy engine fill a ring with W and x, 64 columns a stage; two warpgroups multiply 64 outputs each. W is the
-// A of the product and x its B, which may be narrow: y^T = W x^T wastes little on small batches. In the end each block
-// of the cluster adds up the sums of its part of the rows, and a thread finishes 8 neighbouring outputs and the 8 that
-// are 64 further on: with SwiGLU the ups of these gates.
+// Who does what: a block makes 128 outputs for ROWS rows of x. Neighbours along x in a cluster share the columns;
+// neighbours along y share W: each fetches a part of it for all of them, and rows of x of its own. One thread lets the
+// copy engine fill a ring with W and x, 64 columns a stage; two warpgroups multiply 64 outputs each. W is the A of the
+// product and x its B, which may be narrow: y^T = W x^T wastes little on small batches. In the end each of the blocks
+// that share the columns adds up the sums of its part of the rows, and a thread finishes 8 neighbouring outputs and the
+// 8 that are 64 further on: with SwiGLU the ups of these gates.
 //
 // A block starts while the kernel in front still runs (pdl), and fills its ring with W meanwhile.
 //
-// Bytes: W once for each ROWS rows of x; x once for each 128 outputs, from the L2 cache.
+// Bytes: W from the L2 cache once for each ROWS rows of x that do not share it; x once for each 128 outputs.
 //
-// H200, bf16, rms_norm and product in turn, the weights of 28 (10 for the last three) layers after one another in one
-// graph, us a pair; cuBLASLt, or gemv.cu up to 8 rows, in brackets (with silu_and_mul where it says SwiGLU):
-//                              8 rows         16             32             64            128            256
-//   1024 x 2048             4.82 (4.39)   4.65 (4.98)   5.34 (8.07)   6.38 (8.16)   7.60 (8.51)   8.59 (9.05)
-//   1024 x 3072             4.83 (5.92)   5.38 (6.70)   6.36 (8.73)   7.66 (8.98)   8.94 (9.31)   10.4 (10.7)
-//   6144 x 1024, SwiGLU     6.18 (7.32)   6.51 (7.42)   7.00 (9.12)   8.02 (9.32)   8.96 (9.32)   12.0 (11.1)
-//   4096 x 4096             13.6 (12.8)   13.6 (15.4)   14.2 (16.1)   14.3 (15.1)   18.8 (17.1)   21.3 (20.4)
-//   24576 x 4096, SwiGLU    53.9 (59.0)   53.2 (53.1)   52.6 (53.7)   56.1 (55.6)   68.6 (60.0)    116 (78.5)
-//   4096 x 12288            29.0 (30.1)   31.3 (31.3)   31.6 (32.4)   31.9 (34.5)   45.1 (37.1)   52.6 (48.7)
-//   (rms_norm alone: 1.1 to 1.4, in the last row 2.1 to 4.8)
+// H200, bf16, rms_norm and product in turn, the weights of 28 (4 to 10 for the last four) layers after one another in
+// one graph, us a pair; cuBLASLt in brackets (with silu_and_mul where it says SwiGLU). gemm_sm90.py chooses the cut by
+// a cost model, fitted to these and some hundred others; where it is 3 % and more off, the best cut stands behind.
+//                              16 rows       32            64            128           192               256
+//   1024 x 2048             4.96 (8.23)   5.83 (8.22)   6.55 (8.17)   7.57 (8.32)   8.61 (8.69)       9.28 (8.78)
+//   1024 x 3072             5.46 (9.05)   6.51 (8.95)   7.69 (9.14)   8.59 (9.54)   10.4 (10.4)       11.5 (10.7)
+//   4096 x 1024             5.20 (7.47)   5.87 (7.58)   7.33 (7.59)   7.77 (7.69)   8.50 (8.32)       8.45 (8.81)
+//   6144 x 1024, SwiGLU     6.73 (8.89)   7.70 (9.29)   8.06 (9.04)   8.94 (9.62)   9.71 (10.5)       11.2 (11.3)
+//   4096 x 4096                           14.8 (16.0)   15.0 (15.2)   19.4 (17.5)   23.0 (24.4) 20.2  21.3 (20.2)
+//   6144 x 4096                           17.5 (19.7)   18.9 (19.6)   20.9 (20.8)   23.5 (25.0)       27.2 (26.4)
+//   24576 x 4096, SwiGLU                  55.2 (54.9)   56.2 (57.0)   62.8 (61.9)   75.4 (67.7)       86.0 (80.4)
+//   4096 x 12288                          36.6 (34.4)   35.7 (36.4)   47.1 (39.9)   66.3 (49.0) 50.8  59.0 (53.1) 56.8
+//   (rms_norm alone: 1.1 to 1.4, in the last row 2.1 to 4.8; 16 rows of the small ones by gemv.cu: 4.98 to 7.42)
 //
-// Where the time goes (time stamps; 1024 x 2048, 128 rows by 64, 4 blocks a cluster): 0.4 us from the wait to the first
-// x, 1.8 multiplying (0.23 a step: shared memory is written and read at its full rate), 1.5 for the cluster's sums,
-// the rest between the kernels. Beyond 128 rows the L2 cache has to send W to several blocks; a cluster that shares it
-// (multicast) would mend that.
-// Tried (1024 x 2048, 128 rows): each block reading its part of the sums from the others' shared memory, instead of
-// getting it, 8.35; with that, rms_norm letting this kernel start only after its own wait 8.68, and then half the ring,
-// two blocks a multiprocessor, 8.96; wgmma_wait<2> the same.
+// Where the time goes (time stamps of an earlier version; 1024 x 2048, 128 rows by 64, 4 blocks a cluster): 0.4 us from
+// the wait to the first x, 1.8 multiplying, 1.5 for the cluster's sums, the rest between the kernels. A step takes
+// 0.18, 0.19, 0.235 and 0.335 us with 16, 32, 64 and 128 rows: shared memory is written and read at its full rate.
+// 128 blocks, each with a multiprocessor to itself, go in one round alone or in clusters of 2, in two in larger ones.
+// Tried:
+//   256 rows of 4096 x 1024, nobody sharing W: 9.1; four instead of two sharing it: two rounds, 14.1
+//   the consumers' arrival at another block's barrier with .release.cluster, which is a fence of all memory in each
+//     step: 12.6 to 16 us instead of 8.5; a branch between own and others' barriers instead of one address: 9.3
+//   the cluster's sums as single stores into the others' shared memory, behind a releasing barrier, instead of one copy
+//     for each block: up to 0.7 us more with splits of 4 and 8 (1024 x 2048, 64 rows: 7.5 instead of 6.8)
+//   each block reading its part of the sums from the others' shared memory (1024 x 2048, 128 rows): 8.35; with that,
+//     rms_norm letting this kernel start only after its own wait 8.68, and then half the ring, two blocks a
+//     multiprocessor, 8.96; wgmma_wait<2> the same
 #include "cluster.cuh"
 #include "mma.cuh"
 #include "wgmma.cuh"
@@ -43,7 +53,8 @@ constexpr int MULTIPLIERS = 256, THREADS = MULTIPLIERS + WARP_SIZE;
 //     finish(row, column, first, second)
 // once, in one of the cluster's blocks, with the sums of the 8 outputs from first_output + column and from
 // second_output + column on.
-// Shared memory: sums, float [ROWS][OUTPUTS + 4]; then, at a multiple of 1024, the ring of `stages`.
+// Shared memory, from a multiple of 1024 on: the ring of `stages`, in which this block's sums lie afterwards, float
+// [ROWS][OUTPUTS + 4]; behind it, if blocks share the columns, as many sums that it has received.
 template <typename T, int ROWS, typename Finish>
 __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, int first_output, int second_output,
                                int first_row, int num_rows, int in_features, int stages, Finish finish) {
@@ -51,36 +62,53 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
     constexpr int COLUMNS = 64, MAX_STAGES = 16;  // of a step: a swizzled row
     constexpr int SUM_ROW = OUTPUTS + 4;          // floats, padded, so that fragments meet no bank twice
     constexpr int HALF_BYTES = OUTPUTS / 2 * SWIZZLE_ROW, STAGE_BYTES = 2 * HALF_BYTES + ROWS * SWIZZLE_ROW;
-    extern __shared__ __align__(16) float sums[];
-    __shared__ __align__(8) uint64_t barriers[2][MAX_STAGES];
+    constexpr int SUMS_BYTES = ROWS * SUM_ROW * sizeof(float);
+    extern __shared__ __align__(1024) uint8_t shared[];
+    __shared__ __align__(8) uint64_t barriers[2][MAX_STAGES], sums_received;
 
-    const uint32_t ring = align_up(shared_address(sums + ROWS * SUM_ROW), 1024u);
+    const uint32_t ring = shared_address(shared), received = shared_address(&sums_received);
     const uint32_t full = shared_address(barriers[0]), empty = shared_address(barriers[1]);
     const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
-    const int rank = cluster_rank(), num_ranks = cluster_size();  // a power of two, at most ROWS
+    const int split = cluster_width(), sharers = cluster_size() / split;
+    const int rank = cluster_rank() % split, sharer = cluster_rank() / split;
     const int num_steps = div_ceil(in_features, COLUMNS);
-    const int first_step = num_steps * rank / num_ranks, count = num_steps * (rank + 1) / num_ranks - first_step;
+    const int first_step = num_steps * rank / split, count = num_steps * (rank + 1) / split - first_step;
 
     if (threadIdx.x == MULTIPLIERS) {
         prefetch_tensor_map(w_map);
         prefetch_tensor_map(x_map);
         for (int i = 0; i < stages; i++) {
             mbarrier_init(full + 8 * i, 1);
-            mbarrier_init(empty + 8 * i, MULTIPLIERS / WARP_SIZE);
+            mbarrier_init(empty + 8 * i, sharers * (MULTIPLIERS / WARP_SIZE));
         }
+        mbarrier_init(received, 1);
         fence_proxy_async();
+        fence_mbarrier_init();
+        mbarrier_arrive_expect(received, SUMS_BYTES);
     }
     __syncthreads();
-    cluster_arrive();  // that all blocks have started is waited for before they write to one another
+    cluster_arrive_relaxed();
     griddepcontrol_launch_dependents();
+    // That all blocks have started is waited for before one writes to another's memory.
+    if (sharers > 1) cluster_wait();
 
     float c[ROWS / 8][4] = {};  // y^T: rows are outputs
     if (threadIdx.x == MULTIPLIERS) {
+        const int first_row_of_w = sharer * (OUTPUTS / sharers);  // what this block fetches for all that share W
+        const int own_output = first_row_of_w < OUTPUTS / 2 ? first_output + first_row_of_w
+                                                            : second_output + first_row_of_w - OUTPUTS / 2;
+        int all_sharers = 0;
+        for (int i = 0; i < sharers; i++) all_sharers |= 1 << (i * split + rank);
         const auto load_w = [&](int step, int stage) {
             const uint32_t place = ring + stage * STAGE_BYTES, barrier = full + 8 * stage;
+            const int column = (first_step + step) * COLUMNS;
             mbarrier_arrive_expect(barrier, STAGE_BYTES);
-            copy_box(place, w_map, (first_step + step) * COLUMNS, first_output, barrier);
-            copy_box(place + HALF_BYTES, w_map, (first_step + step) * COLUMNS, second_output, barrier);
+            if (sharers == 1) {
+                copy_box(place, w_map, column, first_output, barrier);
+                copy_box(place + HALF_BYTES, w_map, column, second_output, barrier);
+            } else {
+                copy_box_to(all_sharers, place + first_row_of_w * SWIZZLE_ROW, w_map, column, own_output, barrier);
+            }
         };
         const auto load_x = [&](int step, int stage) {
             const uint32_t place = ring + stage * STAGE_BYTES + 2 * HALF_BYTES;
@@ -101,7 +129,8 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
     }
     __syncwarp();
     if (warp < MULTIPLIERS / WARP_SIZE) {
-        int stage = 0, parity = 0, last_stage = 0;
+        int stage = 0, parity = 0;
+        uint32_t last_empty = 0;  // of the blocks that fill this one's ring, a lane each
         for (int i = 0; i < count; i++) {
             const uint32_t place = ring + stage * STAGE_BYTES;
             mbarrier_wait(full + 8 * stage, parity);
@@ -113,33 +142,46 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
             }
             wgmma_commit();
             wgmma_wait<1>();
-            if (i > 0 && lane == 0) mbarrier_arrive(empty + 8 * last_stage);
-            last_stage = stage;
+            // Only as long as the ring is refilled: who ends may not be written to any more.
+            if (i > 0 && i + stages <= count && lane < sharers) mbarrier_arrive_cluster(last_empty);
+            last_empty = cluster_address(empty + 8 * stage, lane < sharers ? lane * split + rank : 0);
             if (++stage == stages) stage = 0, parity ^= 1;
         }
         wgmma_wait<0>();
         pin(c);
     }
 
-    // ---- the cluster's sums: each block gets a share of the rows from all of them, [num_ranks][share][SUM_ROW] ----
-    const int share = ROWS / num_ranks, share_bits = 31 - __clz(share);
-    cluster_wait();
+    // ---- the sums of the blocks that share the columns: each gets a part of the rows, [split][share][SUM_ROW] ----
+    const int share = ROWS / split;
+    float* sums = reinterpret_cast<float*>(shared);
+    if (sharers == 1) cluster_wait();
     if (warp < MULTIPLIERS / WARP_SIZE) {
-        const uint32_t own = shared_address(sums + rank * share * SUM_ROW + warp * 16 + lane / 4);
+        named_barrier<MULTIPLIERS>(1);  // nobody multiplies from the ring any more
+        float* own = sums + warp * 16 + lane / 4;
 #pragma unroll
         for (int i = 0; i < ROWS / 8; i++) {
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const int row = i * 8 + lane % 4 * 2 + j;
-                const uint32_t place = own + (row & (share - 1)) * (SUM_ROW * sizeof(float));
-                const uint32_t there = cluster_address(place, row >> share_bits);
-                cluster_store(there, c[i][j]);
-                cluster_store(there + 8 * sizeof(float), c[i][2 + j]);
+                float* place = own + (i * 8 + lane % 4 * 2 + j) * SUM_ROW;
+                place[0] = c[i][j];
+                place[8] = c[i][2 + j];
             }
         }
+        fence_proxy_async();
+        named_barrier<MULTIPLIERS>(1);
+        if (split > 1) {
+            const int others = max(stages * STAGE_BYTES, SUMS_BYTES), bytes = SUMS_BYTES / split;
+            if (threadIdx.x < split) {
+                const int to = sharer * split + threadIdx.x;
+                copy_to_cluster(cluster_address(ring + others + rank * bytes, to), ring + threadIdx.x * bytes, bytes,
+                                cluster_address(received, to));
+            }
+            sums += others / sizeof(float);
+            mbarrier_wait(received, 0);
+        }
     }
-    cluster_arrive();
-    cluster_wait();
+    __syncwarp();
+    cluster_arrive_relaxed();  // this block has received all that others sent
 
     if (warp < MULTIPLIERS / WARP_SIZE) {
         const int column = threadIdx.x % 8 * 8, valid = min(share, num_rows - first_row - rank * share);
@@ -147,7 +189,7 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
             float first[8] = {}, second[8] = {};
             const float* place = sums + i * SUM_ROW + column;
 #pragma unroll 2
-            for (int r = 0; r < num_ranks; r++, place += share * SUM_ROW) {
+            for (int r = 0; r < split; r++, place += share * SUM_ROW) {
 #pragma unroll
                 for (int j = 0; j < 8; j += 4) {
                     const auto a = Vec<float>::load(place + j), b = Vec<float>::load(place + OUTPUTS / 2 + j);
@@ -158,6 +200,8 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
             finish(first_row + rank * share + i, column, first, second);
         }
     }
+    __syncwarp();
+    cluster_wait();  // and others all that it sent
 #endif
 }
 
@@ -165,7 +209,7 @@ template <typename T, int ROWS>
 __global__ void __launch_bounds__(THREADS, 2) gemm_sm90(
     T* y, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
     const T* __restrict__ bias, int num_rows, int out_features, int in_features, int stages) {
-    const int first_output = blockIdx.x / cluster_size() * OUTPUTS;
+    const int first_output = blockIdx.x / cluster_width() * OUTPUTS;
     product<T, ROWS>(
         x_map, w_map, first_output, first_output + OUTPUTS / 2, blockIdx.y * ROWS, num_rows, in_features, stages,
         [&](int row, int column, const float(&first)[8], const float(&second)[8]) {
@@ -188,7 +232,7 @@ template <typename T, int ROWS>
 __global__ void __launch_bounds__(THREADS, 2) gemm_swiglu_sm90(
     T* y, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const T* __restrict__ bias,
     int num_rows, int out_features, int in_features, int stages) {
-    const int num_outputs = out_features / 2, first_output = blockIdx.x / cluster_size() * (OUTPUTS / 2);
+    const int num_outputs = out_features / 2, first_output = blockIdx.x / cluster_width() * (OUTPUTS / 2);
     product<T, ROWS>(
         x_map, w_map, first_output, num_outputs + first_output, blockIdx.y * ROWS, num_rows, in_features, stages,
         [&](int row, int column, const float(&gates)[8], const float(&ups)[8]) {

@@ -56,10 +56,25 @@ __device__ inline int cluster_rank() {
     return rank;
 }
 
+// Its blocks along x; their ranks follow one another, as do those of its rows of blocks along y.
+__device__ inline int cluster_width() {
+    int width = 1;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(width));
+#endif
+    return width;
+}
+
 // A barrier of all threads of the cluster, in two halves. What was written before arriving is seen after waiting.
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+// For threads that have written nothing that others read.
+__device__ inline void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ inline void cluster_wait() {

@@ -31,6 +31,15 @@ __device__ inline void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Arrives at a barrier of any block of the cluster, see cluster_address. Says that something has been read: what this
+// thread has written need not be visible there.
+__device__ inline void mbarrier_arrive_cluster(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Barriers that this thread has initialised are ready for the cluster, once it has met at a cluster barrier.
+__device__ inline void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
 // Arrives when all cp.async of this thread so far have written their data.
 __device__ inline void mbarrier_arrive_after_cp_async(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
@@ -92,6 +101,25 @@ __device__ inline void copy_box(uint32_t destination, const TensorMap& map, int 
         : "memory");
 }
 
+// Copies from this block's shared memory to any of the cluster's, at whose barrier `bytes` then arrive.
+__device__ inline void copy_to_cluster(uint32_t destination, uint32_t source, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     destination),
+                 "r"(source), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// copy_box for several blocks of the cluster, whose numbers are the bits of `blocks`: each gets the box at its own
+// `destination`, and its own barrier gets the bytes.
+__device__ inline void copy_box_to(int blocks, uint32_t destination, const TensorMap& map, int column, int row,
+                                   uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%2, %3}], [%4], %5;" ::"r"(destination),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>(blocks))
+        : "memory");
+}
+
 // ---- products -------------------------------------------------------------------------------------------------
 
 // Describes an operand to the tensor cores: where it starts (in a tile's first 8 rows) and how far the next 8 rows are.
@@ -124,138 +152,72 @@ constexpr bool IS_BF16 = false;
 template <>
 constexpr bool IS_BF16<bf16> = true;
 
+// A result of 8 TILES columns is 4 TILES registers, operands number 0 to 4 TILES - 1 of the instruction.
 #define C1(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define C2(i) C1(i), C1(i + 1)
 #define C4(i) C2(i), C2(i + 2)
 #define C8(i) C4(i), C4(i + 4)
-#define C16(i) C8(i), C8(i + 8)
 #define TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
-#define TO_29 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " TEN(1) TEN(2)
-#define TO_89 TO_29 TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8)
+#define TO_9 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, "
 #define REGISTERS_8 "{%0, %1, %2, %3, %4, %5, %6, %7}"
-#define REGISTERS_16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
-#define REGISTERS_32 TO_29 "%30, %31}"
-#define REGISTERS_64 TO_29 TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63}"
-#define REGISTERS_96 TO_89 "%90, %91, %92, %93, %94, %95}"
-#define REGISTERS_128 TO_89 TEN(9) TEN(10) TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127}"
+#define REGISTERS_16 TO_9 "%10, %11, %12, %13, %14, %15}"
+#define REGISTERS_32 TO_9 TEN(1) TEN(2) "%30, %31}"
+#define REGISTERS_48 TO_9 TEN(1) TEN(2) TEN(3) "%40, %41, %42, %43, %44, %45, %46, %47}"
+#define REGISTERS_64 TO_9 TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63}"
 
-// c = A B^T, or c += A B^T: A [64, 16], B [8 N, 16], both tiles of rows along the summed dimension.
-#define WGMMA_ROWS(SHAPE, TYPE, REGISTERS, A, B, ACCUMULATE)                                              \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" ACCUMULATE ", 0; wgmma.mma_async.sync.aligned." SHAPE \
-                 ".f32." TYPE " " REGISTERS ", %" A ", %" B ", p, 1, 1, 0, 0; }"                          \
-                 : OPERANDS                                                                               \
+// c = A B^T, or c += A B^T: A [64, 16], B [8 TILES, 16], both tiles of rows along the summed dimension.
+#define ROWS_AS(TYPE, N, REGISTERS, A, B, ACCUMULATE, ...)                                                   \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #ACCUMULATE ", 0; wgmma.mma_async.sync.aligned.m64n" #N  \
+                 "k16.f32." TYPE "." TYPE " " REGISTERS ", %" #A ", %" #B ", p, 1, 1, 0, 0; }"               \
+                 : __VA_ARGS__                                                                               \
                  : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
-
-template <typename T>
-__device__ inline void wgmma(float (&c)[2][4], uint64_t a, uint64_t b, bool accumulate) {
-#define OPERANDS C2(0)
-    if constexpr (IS_BF16<T>) {
-        WGMMA_ROWS("m64n16k16", "bf16.bf16", REGISTERS_8, "8", "9", "10");
-    } else {
-        WGMMA_ROWS("m64n16k16", "f16.f16", REGISTERS_8, "8", "9", "10");
+#define WGMMA_ROWS(TILES, N, REGISTERS, A, B, ACCUMULATE, ...)                                               \
+    template <typename T>                                                                                    \
+    __device__ inline void wgmma(float(&c)[TILES][4], uint64_t a, uint64_t b, bool accumulate) {             \
+        if constexpr (IS_BF16<T>) {                                                                          \
+            ROWS_AS("bf16", N, REGISTERS, A, B, ACCUMULATE, __VA_ARGS__);                                    \
+        } else {                                                                                             \
+            ROWS_AS("f16", N, REGISTERS, A, B, ACCUMULATE, __VA_ARGS__);                                     \
+        }                                                                                                    \
     }
-#undef OPERANDS
-}
+WGMMA_ROWS(2, 16, REGISTERS_8, 8, 9, 10, C2(0))
+WGMMA_ROWS(4, 32, REGISTERS_16, 16, 17, 18, C4(0))
+WGMMA_ROWS(8, 64, REGISTERS_32, 32, 33, 34, C8(0))
+WGMMA_ROWS(12, 96, REGISTERS_48, 48, 49, 50, C8(0), C4(8))
+WGMMA_ROWS(16, 128, REGISTERS_64, 64, 65, 66, C8(0), C8(8))
 
-template <typename T>
-__device__ inline void wgmma(float (&c)[4][4], uint64_t a, uint64_t b, bool accumulate) {
-#define OPERANDS C4(0)
-    if constexpr (IS_BF16<T>) {
-        WGMMA_ROWS("m64n32k16", "bf16.bf16", REGISTERS_16, "16", "17", "18");
-    } else {
-        WGMMA_ROWS("m64n32k16", "f16.f16", REGISTERS_16, "16", "17", "18");
-    }
-#undef OPERANDS
-}
-
-template <typename T>
-__device__ inline void wgmma(float (&c)[8][4], uint64_t a, uint64_t b, bool accumulate) {
-#define OPERANDS C8(0)
-    if constexpr (IS_BF16<T>) {
-        WGMMA_ROWS("m64n64k16", "bf16.bf16", REGISTERS_32, "32", "33", "34");
-    } else {
-        WGMMA_ROWS("m64n64k16", "f16.f16", REGISTERS_32, "32", "33", "34");
-    }
-#undef OPERANDS
-}
-
-template <typename T>
-__device__ inline void wgmma(float (&c)[16][4], uint64_t a, uint64_t b, bool accumulate) {
-#define OPERANDS C16(0)
-    if constexpr (IS_BF16<T>) {
-        WGMMA_ROWS("m64n128k16", "bf16.bf16", REGISTERS_64, "64", "65", "66");
-    } else {
-        WGMMA_ROWS("m64n128k16", "f16.f16", REGISTERS_64, "64", "65", "66");
-    }
-#undef OPERANDS
-}
-
-template <typename T>
-__device__ inline void wgmma(float (&c)[24][4], uint64_t a, uint64_t b, bool accumulate) {
-#define OPERANDS C16(0), C8(16)
-    if constexpr (IS_BF16<T>) {
-        WGMMA_ROWS("m64n192k16", "bf16.bf16", REGISTERS_96, "96", "97", "98");
-    } else {
-        WGMMA_ROWS("m64n192k16", "f16.f16", REGISTERS_96, "96", "97", "98");
-    }
-#undef OPERANDS
-}
-
-template <typename T>
-__device__ inline void wgmma(float (&c)[32][4], uint64_t a, uint64_t b, bool accumulate) {
-#define OPERANDS C16(0), C16(16)
-    if constexpr (IS_BF16<T>) {
-        WGMMA_ROWS("m64n256k16", "bf16.bf16", REGISTERS_128, "128", "129", "130");
-    } else {
-        WGMMA_ROWS("m64n256k16", "f16.f16", REGISTERS_128, "128", "129", "130");
-    }
-#undef OPERANDS
-}
-
-// c += A B: A [64, 16] from registers, B [16, 8 N] as tiles of rows along the columns of c.
-#define WGMMA_COLUMNS(SHAPE, TYPE, REGISTERS, A0, A1, A2, A3, B)                                               \
-    asm volatile("{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE " " REGISTERS \
-                 ", {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B ", p, 1, 1, 1; }"                              \
-                 : OPERANDS                                                                                    \
+// c += A B: A [64, 16] from registers, B [16, 8 TILES] as tiles of rows along the columns of c.
+#define COLUMNS_AS(TYPE, N, REGISTERS, A0, A1, A2, A3, B, ...)                                               \
+    asm volatile("{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
+                 "." TYPE " " REGISTERS ", {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, 1; }" \
+                 : __VA_ARGS__                                                                               \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-
-template <typename T>
-__device__ inline void wgmma(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
-#define OPERANDS C8(0)
-    if constexpr (IS_BF16<T>) {
-        WGMMA_COLUMNS("m64n64k16", "bf16.bf16", REGISTERS_32, "32", "33", "34", "35", "36");
-    } else {
-        WGMMA_COLUMNS("m64n64k16", "f16.f16", REGISTERS_32, "32", "33", "34", "35", "36");
+#define WGMMA_COLUMNS(TILES, N, REGISTERS, A0, A1, A2, A3, B, ...)                                           \
+    template <typename T>                                                                                    \
+    __device__ inline void wgmma(float(&c)[TILES][4], const uint32_t(&a)[4], uint64_t b) {                   \
+        if constexpr (IS_BF16<T>) {                                                                          \
+            COLUMNS_AS("bf16", N, REGISTERS, A0, A1, A2, A3, B, __VA_ARGS__);                                \
+        } else {                                                                                             \
+            COLUMNS_AS("f16", N, REGISTERS, A0, A1, A2, A3, B, __VA_ARGS__);                                 \
+        }                                                                                                    \
     }
-#undef OPERANDS
-}
-
-template <typename T>
-__device__ inline void wgmma(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
-#define OPERANDS C16(0)
-    if constexpr (IS_BF16<T>) {
-        WGMMA_COLUMNS("m64n128k16", "bf16.bf16", REGISTERS_64, "64", "65", "66", "67", "68");
-    } else {
-        WGMMA_COLUMNS("m64n128k16", "f16.f16", REGISTERS_64, "64", "65", "66", "67", "68");
-    }
-#undef OPERANDS
-}
+WGMMA_COLUMNS(8, 64, REGISTERS_32, 32, 33, 34, 35, 36, C8(0))
+WGMMA_COLUMNS(16, 128, REGISTERS_64, 64, 65, 66, 67, 68, C8(0), C8(8))
 
 #undef C1
 #undef C2
 #undef C4
 #undef C8
-#undef C16
 #undef TEN
-#undef TO_29
-#undef TO_89
+#undef TO_9
 #undef REGISTERS_8
 #undef REGISTERS_16
 #undef REGISTERS_32
+#undef REGISTERS_48
 #undef REGISTERS_64
-#undef REGISTERS_96
-#undef REGISTERS_128
+#undef ROWS_AS
 #undef WGMMA_ROWS
+#undef COLUMNS_AS
 #undef WGMMA_COLUMNS
 
 #endif

@@ -144,7 +144,10 @@ class CudaOps(Compositions):
         self, x: Array, residual: Array | None, norm_weight: Array, eps: float, weight: Weight
     ) -> tuple[Array, Array]:
         fused = self._gemm.norm_linear(x, gemm.Norm(norm_weight, eps, residual), weight)
-        return fused or super().add_norm_linear(x, residual, norm_weight, eps, weight)
+        if fused:
+            return fused
+        hidden, residual = self._add_norm(x, residual, norm_weight, eps)
+        return self._gemm.linear(hidden, weight, before_attention=True), residual
 
     def add_norm_swiglu(
         self, x: Array, residual: Array | None, norm_weight: Array, eps: float, gate_up: Weight
@@ -155,12 +158,6 @@ class CudaOps(Compositions):
         hidden, residual = self._add_norm(x, residual, norm_weight, eps)
         gated = self._gemm.swiglu(hidden, gate_up)
         return self.silu_and_mul(self.linear(hidden, gate_up)) if gated is None else gated, residual
-
-    def _add_norm(self, x: Array, residual: Array | None, norm_weight: Array, eps: float) -> tuple[Array, Array]:
-        """(norm, new residual) of `Ops.add_norm_linear`."""
-        if residual is None:
-            return self.rms_norm(x, norm_weight, eps), x
-        return self.add_rms_norm(x, residual, norm_weight, eps)
 
     # ---- attention ----------------------------------------------------------------------------------------
 

@@ -143,14 +143,14 @@ class Gemm:
         self._info = info or DeviceInfo.of()
         self._lt = CublasLt(self._info)
 
-    def linear(self, x: Array, weight: DenseWeight) -> Array:
+    def linear(self, x: Array, weight: DenseWeight, before_attention: bool = False) -> Array:
         """x [T, in] W^T + b in x's data type: [T, out].
 
         Raises:
             ValueError: shapes or data types that do not belong together.
             CublasError, LaunchError: what the library or the driver says.
         """
-        return self._multiply(x, weight, x.dtype)
+        return self._multiply(x, weight, x.dtype, before_attention)
 
     def logits(self, x: Array, weight: DenseWeight) -> Array:
         """`linear` with a float32 result."""
@@ -169,12 +169,12 @@ class Gemm:
         _check_operands(x, gate_up.weight, gate_up.bias)
         return gemm_sm90.gemm(x, gate_up.weight, gate_up.bias, self._info, swiglu=True)
 
-    def _multiply(self, x: Array, weight: DenseWeight, out_dtype: np.dtype) -> Array:
+    def _multiply(self, x: Array, weight: DenseWeight, out_dtype: np.dtype, early: bool = False) -> Array:
         w, bias = weight.weight, weight.bias
         _check_operands(x, w, bias)
         if fused := fused_gemv.fused_gemv(x, w, bias, out_dtype, self._info):
             return fused[0]
-        if out_dtype == x.dtype and (y := gemm_sm90.gemm(x, w, bias, self._info)) is not None:
+        if out_dtype == x.dtype and (y := gemm_sm90.gemm(x, w, bias, self._info, early=early)) is not None:
             return y
         y = cupy.empty((len(x), len(w)), out_dtype)
         if y.size == 0:
@@ -202,7 +202,7 @@ class Gemm:
                 continue
             for num_rows in rows:
                 own = prefers_gemv(num_rows, *first.shape, first.dtype) or (
-                    out_dtype == first.dtype and gemm_sm90.serves(num_rows, *first.shape, self._info)
+                    out_dtype == first.dtype and gemm_sm90.plan_for(num_rows, *first.shape, self._info) is not None
                 )
                 if num_rows > fused_gemv.MAX_ROWS and not own:
                     self._lt.tune(num_rows, [weight.weight for weight in group], group[0].bias, out_dtype)

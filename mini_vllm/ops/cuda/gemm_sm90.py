@@ -18,41 +18,84 @@ from mini_vllm.ops.cuda.device import DeviceInfo
 from mini_vllm.ops.cuda.kernel import Kernel, TensorMap, type_name
 
 HOPPER = (9, 0)
-ROW_TILES = (16, 32, 64)
+ROW_TILES = (16, 32, 64, 96, 128)
 
 # The constants of gemm_sm90.cu.
 _OUTPUTS, _HALF_OUTPUTS, _COLUMNS = 128, 64, 64
 _THREADS, _MAX_STAGES, _SUM_ROW = 288, 16, 132
 _ROW_BYTES = 2 * _COLUMNS
-_STATIC_SHARED_MEMORY = 1024  # and some more, per block
+_STATIC_SHARED_MEMORY = 1024  # at most, with what aligns the ring
+_SM_SHARED_MEMORY = 228 << 10  # of a multiprocessor
+
+FEW_ROWS, MAX_ROWS = 64, 256
+"""Up to which the kernel is always the faster one, and up to which it may be."""
+MOST_STEPS, MOST_STEPS_FUSED = 12, 64
+"""With more rows, up to so many steps of 64 columns; the second where the kernel saves the next one some time."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a product is cut: blocks of 128 outputs by `rows` rows, `split` of them sharing the columns."""
+    """How a product is cut: blocks of 128 outputs by `rows` rows.
+
+    In a cluster `split` blocks share the columns, times `sharers` that fetch a weight together for as many row tiles.
+    """
 
     rows: int
     split: int
+    sharers: int
     stages: int
     shared_memory: int
 
+    @classmethod
+    def of(cls, rows: int, split: int, sharers: int, in_features: int, max_shared_memory: int) -> Plan:
+        """With a ring as long as shared memory and the columns of a block allow."""
+        stage_bytes, sums_bytes = (_OUTPUTS + rows) * _ROW_BYTES, rows * _SUM_ROW * 4
+        received_bytes = sums_bytes if split > 1 else 0
+        room = max_shared_memory - _STATIC_SHARED_MEMORY - received_bytes
+        steps = -(-in_features // _COLUMNS)
+        stages = min(-(-steps // split), _MAX_STAGES, room // stage_bytes)
+        return cls(rows, split, sharers, stages, max(stages * stage_bytes, sums_bytes) + received_bytes)
+
+    def cost(self, num_rows: int, out_features: int, in_features: int, num_sms: int) -> tuple[float, int]:
+        """(estimated microseconds without start and end, steps that a multiprocessor does one after the other).
+
+        The constants are fitted to the measurements in the card of gemm_sm90.cu.
+        """
+        row_tiles = -(-num_rows // (self.rows * self.sharers)) * self.sharers
+        blocks = -(-out_features // _OUTPUTS) * self.split * row_tiles
+        per_sm = 2 if 2 * (self.shared_memory + 2 * _STATIC_SHARED_MEMORY) <= _SM_SHARED_MEMORY else 1
+        # Clusters lie within groups of 16 or 18 multiprocessors, which large ones do not fill.
+        most = per_sm * (num_sms - {1: 0, 2: 0, 4: 12, 8: 20}[self.split * self.sharers])
+        active = min(blocks, most)
+        columns = -(-in_features // _COLUMNS)
+        steps = -(-blocks // most) * -(-columns // self.split)
+        multiply = (0.21 + 0.001 * self.rows) * max(1, active / num_sms)
+        from_l2 = active * (_OUTPUTS / self.sharers + self.rows) * _ROW_BYTES / 6.6e6
+        latency = 1.8 / self.stages
+        from_memory = 2 * out_features * in_features / 4.3e6
+        sums = 0.046 * self.rows * (self.split - 1) / self.split
+        return max(steps * max(multiply, from_l2, latency), from_memory) + sums, steps
+
 
 @functools.cache
-def plan(num_rows: int, out_features: int, in_features: int, max_shared_memory: int) -> Plan | None:
-    """The plan for a product; None where cuBLASLt is faster. The card of gemm_sm90.cu has the measurements."""
-    if num_rows > (128 if min(out_features, in_features) <= 2048 else 64):
-        return None
-    rows = next((rows for rows in ROW_TILES if rows >= num_rows), ROW_TILES[-1])
-    tiles = -(-out_features // _OUTPUTS) * -(-num_rows // rows)
-    steps = -(-in_features // _COLUMNS)
-    # Half the multiprocessors are enough to keep the memory busy, and leave the others to the kernel behind.
-    most = 96 if in_features > 2048 else 64
-    split = 1
-    while split < (4 if rows == 64 else 8) and 2 * split * tiles <= most and 8 * split <= steps:
-        split *= 2
-    stage_bytes, other_bytes = (_OUTPUTS + rows) * _ROW_BYTES, rows * _SUM_ROW * 4 + 2 * _STATIC_SHARED_MEMORY
-    stages = min(-(-steps // split), _MAX_STAGES, (max_shared_memory - other_bytes) // stage_bytes)
-    return Plan(rows, split, stages, other_bytes - _STATIC_SHARED_MEMORY + stages * stage_bytes)
+def plan(num_rows: int, out_features: int, in_features: int, num_sms: int, max_shared_memory: int) -> tuple[Plan, int]:
+    """The plan of least cost, and its steps."""
+    tiles = [rows for rows in ROW_TILES if rows >= num_rows][:1] if num_rows <= FEW_ROWS else (64, 96, 128)
+    plans = [
+        Plan.of(rows, split, sharers, in_features, memory)
+        for rows in tiles
+        for split in (1, 2, 4, 8)
+        for sharers in (2, 1)  # of equals the first: one that reads less
+        for memory in (max_shared_memory, _SM_SHARED_MEMORY // 2 - _STATIC_SHARED_MEMORY)
+        if (sharers == 1 or rows * sharers < 2 * num_rows)
+        if (split == 1 or split * _COLUMNS <= in_features)
+        if split * sharers <= 8
+    ]
+    # A ring of one stage cannot be refilled.
+    plans = [plan for plan in plans if plan.stages > 1 or in_features <= plan.split * _COLUMNS]
+    costs = [plan.cost(num_rows, out_features, in_features, num_sms) for plan in plans]
+    best = costs.index(min(costs, key=lambda cost: cost[0]))
+    return plans[best], costs[best][1]
 
 
 @functools.cache
@@ -68,40 +111,46 @@ def instances(dtypes: Iterable[np.dtype]) -> list[Kernel]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _weight_map(address: int, rows: int, columns: int) -> TensorMap:
-    return TensorMap(address, rows, columns, _HALF_OUTPUTS)
+def _weight_map(address: int, rows: int, columns: int, sharers: int) -> TensorMap:
+    return TensorMap(address, rows, columns, min(_HALF_OUTPUTS, _OUTPUTS // sharers))
 
 
-def serves(num_rows: int, out_features: int, in_features: int, info: DeviceInfo) -> bool:
-    """Whether `gemm` is the way to multiply 16-bit operands of these sizes, which lie at multiples of 16 bytes."""
-    fits = num_rows > 0 and in_features % 8 == out_features % 8 == 0
-    return (
-        info.compute_capability == HOPPER
-        and fits
-        and plan(num_rows, out_features, in_features, info.max_shared_memory) is not None
-    )
+def plan_for(num_rows: int, out_features: int, in_features: int, info: DeviceInfo, fused: bool = False) -> Plan | None:
+    """How to multiply 16-bit operands of these sizes, which lie at multiples of 16 bytes; None: not by this kernel.
+
+    fused: the kernel saves the next one some time.
+    """
+    if info.compute_capability != HOPPER or not 0 < num_rows <= MAX_ROWS or in_features % 8 or out_features % 8:
+        return None
+    cut, steps = plan(num_rows, out_features, in_features, info.num_sms, info.max_shared_memory)
+    return cut if num_rows <= FEW_ROWS or steps <= (MOST_STEPS_FUSED if fused else MOST_STEPS) else None
 
 
-def gemm(x: Array, weight: Array, bias: Array | None, info: DeviceInfo, swiglu: bool = False) -> Array | None:
+def gemm(
+    x: Array, weight: Array, bias: Array | None, info: DeviceInfo, swiglu: bool = False, early: bool = False
+) -> Array | None:
     """x [T, in] weight [out, in]^T + bias in x's data type; with `swiglu`, silu(first half of it) times the second.
 
+    early: the kernel behind gains from starting before this one has ended, as attention does.
     None where the kernel does not serve: other types and GPUs, many rows, rows that are not whole vectors.
     """
     (num_rows, in_features), out_features = x.shape, len(weight)
     num_outputs = out_features // 2 if swiglu else out_features
     addresses = x.data.ptr | weight.data.ptr | (0 if bias is None else bias.data.ptr)
-    if x.itemsize != 2 or addresses % 16 or num_outputs % 8 or not serves(num_rows, out_features, in_features, info):
+    if x.itemsize != 2 or addresses % 16 or num_outputs % 8:
         return None
-    cut = plan(num_rows, out_features, in_features, info.max_shared_memory)
+    cut = plan_for(num_rows, out_features, in_features, info, swiglu or early)
+    if cut is None:
+        return None
     y = cupy.empty((num_rows, num_outputs), x.dtype)
     tiles = -(-num_outputs // (_HALF_OUTPUTS if swiglu else _OUTPUTS))
-    maps = TensorMap(x.data.ptr, *x.shape, cut.rows), _weight_map(weight.data.ptr, *weight.shape)
+    maps = TensorMap(x.data.ptr, *x.shape, cut.rows), _weight_map(weight.data.ptr, *weight.shape, cut.sharers)
     sizes = map(np.int32, (num_rows, out_features, in_features, cut.stages))
     _kernel("gemm_swiglu_sm90" if swiglu else "gemm_sm90", x.dtype, cut.rows)(
-        (tiles * cut.split, -(-num_rows // cut.rows)),
+        (tiles * cut.split, -(-num_rows // (cut.rows * cut.sharers)) * cut.sharers),
         (_THREADS,),
         (y, *maps, bias, *sizes),
         cut.shared_memory,
-        cluster=cut.split,
+        cluster=(cut.split, cut.sharers),
     )
     return y

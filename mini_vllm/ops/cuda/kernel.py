@@ -150,7 +150,7 @@ class Kernel:
         args: Sequence[Any],
         shared_memory: int = 0,
         stream: cupy.cuda.Stream | None = None,
-        cluster: int = 1,
+        cluster: tuple[int, int] = (1, 1),
     ) -> None:
         """Launch the kernel; nothing waits for it, nothing is allocated, so it may be captured into a graph.
 
@@ -161,7 +161,7 @@ class Kernel:
                 TensorMap.
             shared_memory: dynamic shared memory of a block in bytes; the limit is raised as needed.
             stream: by default CuPy's current stream.
-            cluster: so many neighbouring blocks run at the same time (Hopper and later; at most 8).
+            cluster: so many neighbouring blocks along x and y run at the same time (Hopper and later; at most 8).
 
         Raises:
             ValueError: arguments that do not fit the kernel's signature.
@@ -310,9 +310,8 @@ class _Function:
         self._config = ctypes.create_string_buffer(_CONFIG.size)
         self._config_address = ctypes.addressof(self._config)
         self._attributes = ctypes.create_string_buffer(2 * _ATTRIBUTE.size)
-        self._has_clusters = int(cupy.cuda.Device(device).compute_capability) >= 90
         self._num_attributes = 0
-        if kernel.pdl and self._has_clusters:
+        if kernel.pdl and int(cupy.cuda.Device(device).compute_capability) >= 90:
             _ATTRIBUTE.pack_into(self._attributes, 0, _PROGRAMMATIC_STREAM_SERIALIZATION, 1, 0, 0)
             self._num_attributes = 1
         self._lock = threading.Lock()  # the driver copies the buffers during the call, so they can be used again
@@ -324,7 +323,7 @@ class _Function:
         args: Sequence[Any],
         shared_memory: int,
         stream: int,
-        cluster: int = 1,
+        cluster: tuple[int, int] = (1, 1),
     ) -> None:
         if 0 in grid:
             return
@@ -336,9 +335,9 @@ class _Function:
             self._shared_limit = shared_memory
         with self._lock:
             num_attributes = self._num_attributes
-            if cluster > 1:
+            if cluster != (1, 1):
                 offset = num_attributes * _ATTRIBUTE.size
-                _ATTRIBUTE.pack_into(self._attributes, offset, _CLUSTER_DIMENSION, cluster, 1, 1)
+                _ATTRIBUTE.pack_into(self._attributes, offset, _CLUSTER_DIMENSION, *cluster, 1)
                 num_attributes += 1
             try:
                 _CONFIG.pack_into(

@@ -74,7 +74,7 @@ def assert_within(actual, expected, bound):
     assert worst <= 1, f"error is {worst:.2f} of the bound"
 
 
-ROWS = [1, 5, 16, 17, 32, 33, 64, 65, 100, 128]
+ROWS = [1, 5, 16, 17, 32, 33, 64, 65, 100, 128, 150, 256]
 SHAPES = [
     *[(8, 8), (136, 64), (128, 72), (120, 1000), (1000, 520), (272, 4096)],  # tails of outputs and columns
     *[(1024, 2048), (1024, 3072), (4096, 1024), (2048, 8192)],
@@ -87,7 +87,7 @@ SHAPES = [
 @pytest.mark.parametrize("bias", [False, True])
 def test_product(dtype, info, rows, shape, bias):
     case = Case(rows, *shape, dtype, bias=bias)
-    assert_within(gemm_sm90.gemm(*case.on_device(), info), *case.product())
+    assert_within(gemm_sm90.gemm(*case.on_device(), info, early=True), *case.product())
 
 
 @pytest.mark.gpu
@@ -108,21 +108,15 @@ def test_swiglu(dtype, info, rows, shape, bias):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("split", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("split", "sharers"), [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (1, 4), (2, 4)], ids=str
+)
 @pytest.mark.parametrize("rows", gemm_sm90.ROW_TILES)
-@pytest.mark.parametrize("stages", [2, 3, 4])
-def test_every_way_to_cut(info, monkeypatch, split, rows, stages):
-    """Rings that are refilled, clusters of all sizes, steps that they do not share evenly, several tiles of rows."""
-    used = gemm_sm90.plan(rows, 200, 1600, info.max_shared_memory)
-    stage_bytes = (128 + rows) * 128
-    cut = replace(
-        used,
-        rows=rows,
-        split=split,
-        stages=stages,
-        shared_memory=used.shared_memory + (stages - used.stages) * stage_bytes,
-    )
-    monkeypatch.setattr(gemm_sm90, "plan", lambda *_: cut)
+@pytest.mark.parametrize("stages", [2, 4])
+def test_every_way_to_cut(info, monkeypatch, split, sharers, rows, stages):
+    """Rings that are refilled, clusters of all shapes, steps that they do not share evenly, several tiles of rows."""
+    cut = gemm_sm90.Plan.of(rows, split, sharers, 1600, info.max_shared_memory)
+    monkeypatch.setattr(gemm_sm90, "plan", lambda *_: (replace(cut, stages=min(stages, cut.stages)), 1))
     case = Case(2 * rows + 3, 200, 1600, BFLOAT16)
     assert_within(gemm_sm90.gemm(*case.on_device(), info), *case.product())
 
@@ -152,7 +146,7 @@ def test_where_it_does_not_serve(info):
     assert served(x, weight)
     assert not served(x, weight, swiglu=True)  # gates and ups that are no whole vectors
     assert not served(x[:0], weight)
-    assert not served(cupy.zeros((129, 64), BFLOAT16), weight)
+    assert not served(cupy.zeros((257, 64), BFLOAT16), weight)
     assert not served(x.astype(np.float32), weight.astype(np.float32))
     assert not served(cupy.zeros((20, 60), BFLOAT16), cupy.zeros((72, 60), BFLOAT16))
     assert not served(x, cupy.zeros((70, 64), BFLOAT16))
@@ -214,16 +208,34 @@ def test_capture_replays_on_new_inputs(dtype, info):
 # ---- plans, without a GPU -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 128])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 96, 97, 128, 129, 200, 256])
 @pytest.mark.parametrize("shape", [*SHAPES, (6144, 4096), (24576, 4096), (4096, 12288), (151936, 1024)], ids=str)
 def test_plans_fit(rows, shape):
-    cut = gemm_sm90.plan(rows, *shape, 227 << 10)
-    if rows > 64 and min(shape) > 2048:
-        assert cut is None
-        return
-    steps = -(-shape[1] // 64)
+    cut, steps = gemm_sm90.plan(rows, *shape, 132, 227 << 10)
+    columns = -(-shape[1] // 64)
     assert cut.split in (1, 2, 4, 8)
-    assert cut.split <= steps
-    assert 1 <= cut.stages <= min(16, -(-steps // cut.split))
+    assert cut.split * cut.sharers <= 8
+    assert cut.split <= columns
+    assert min(2, -(-columns // cut.split)) <= cut.stages <= min(16, -(-columns // cut.split))
     assert cut.shared_memory + 1024 <= 227 << 10
     assert cut.rows >= min(rows, 64)
+    assert (cut.sharers - 1) * cut.rows < rows, "no block of a cluster is there for nothing"
+    assert steps >= -(-columns // cut.split)
+
+
+def test_who_multiplies():
+    """Few rows by this kernel; more of them where it ends soon, or spares another one something."""
+    hopper = DeviceInfo(0, "H200", gemm_sm90.HOPPER, 132, 141 << 30, 50 << 20, 1024, 48 << 10, 227 << 10, 13000)
+
+    def serves(rows, shape, fused=False):
+        return gemm_sm90.plan_for(rows, *shape, hopper, fused) is not None
+
+    assert serves(64, (4096, 12288))
+    assert not serves(96, (4096, 12288), fused=True)
+    assert serves(192, (1024, 2048))
+    assert not serves(256, (1024, 2048))
+    assert serves(256, (1024, 2048), fused=True)
+    assert not serves(257, (1024, 2048), fused=True)
+    assert not serves(0, (1024, 2048))
+    assert not serves(16, (1024, 2044))
+    assert gemm_sm90.plan_for(16, 1024, 2048, replace(hopper, compute_capability=(8, 0))) is None

@@ -83,10 +83,10 @@ def test_neighbouring_blocks_form_clusters(sources, tmp_path):
     out = cupy.zeros(8, np.int32)
     for pdl in (False, True):
         for cluster, expected in ((4, [40, 41, 42, 43] * 2), (1, [10] * 8), (2, [20, 21] * 4)):
-            Kernel("clusters.cu", "f", pdl=pdl)((8,), (1,), (out,), cluster=cluster)
+            Kernel("clusters.cu", "f", pdl=pdl)((8,), (1,), (out,), cluster=(cluster, 1))
             assert out.tolist() == expected
     with pytest.raises(LaunchError, match="failed with CUDA_ERROR"):
-        Kernel("clusters.cu", "f")((8,), (1,), (out,), cluster=3)  # which does not divide the grid
+        Kernel("clusters.cu", "f")((8,), (1,), (out,), cluster=(3, 1))  # which does not divide the grid
 
 
 def test_a_matrix_that_the_copy_engine_cannot_read_is_refused():
