@@ -272,9 +272,7 @@ class Compositions:
     def add_norm_linear(
         self, x: Array, residual: Array | None, norm_weight: Array, eps: float, weight: Weight
     ) -> tuple[Array, Array]:
-        if residual is None:
-            return self.linear(self.rms_norm(x, norm_weight, eps), weight), x
-        hidden, residual = self.add_rms_norm(x, residual, norm_weight, eps)
+        hidden, residual = self._add_norm(x, residual, norm_weight, eps)
         return self.linear(hidden, weight), residual
 
     def add_norm_swiglu(
@@ -300,3 +298,9 @@ class Compositions:
         slots = meta.slot_mapping
         q = self.rope_store_kv(qkv, positions, rope_table, q_norm, k_norm, eps, k_cache, v_cache, slots)
         return self.attention(q, k_cache, v_cache, meta, scale, window)
+
+    def _add_norm(self, x: Array, residual: Array | None, norm_weight: Array, eps: float) -> tuple[Array, Array]:
+        """(norm, new residual) of `Ops.add_norm_linear`."""
+        if residual is None:
+            return self.rms_norm(x, norm_weight, eps), x
+        return self.add_rms_norm(x, residual, norm_weight, eps)

@@ -174,7 +174,7 @@ class CublasLt:
 
     def matmul(self, y: Array, x: Array, weight: Array, bias: Array | None) -> bool:
         """Write the product into y; False if cuBLASLt has no algorithm for these sizes, and nothing was done."""
-        problem = self._problem(y, x, weight, bias)
+        problem = self._problem(len(x), weight, y.dtype, bias, x, y)
         plan = self._plans.get(problem)
         if plan is None:
             plan = self._plans[problem] = _Plan(self._handle, problem)
@@ -191,12 +191,12 @@ class CublasLt:
         enough to be measured, only the first of them are used. `bias` stands for theirs. Does nothing for a shape that
         was measured before, here or in an earlier process.
         """
+        problem = self._problem(num_rows, weights[0], out_dtype, bias)  # x and y will be aligned
+        if self._choices.get(problem) is not None:
+            return
         out_features, in_features = weights[0].shape
         weights = weights[: max(1, TUNING_FLOPS // (2 * num_rows * out_features * in_features))]
         x, y = (cupy.empty((num_rows, n), t) for n, t in ((in_features, weights[0].dtype), (out_features, out_dtype)))
-        problem = self._problem(y, x, weights[0], bias)
-        if self._choices.get(problem) is not None:
-            return
         filled = min(num_rows, 256)
         x[:filled] = cupy.asarray(_RANDOM.standard_normal((filled, in_features), np.float32).astype(x.dtype))
         while filled < num_rows:
@@ -223,11 +223,16 @@ class CublasLt:
         self._choices.save()
 
     @staticmethod
-    def _problem(y: Array, x: Array, weight: Array, bias: Array | None) -> _Problem:
-        pointers = [array.data.ptr for array in (y, x, weight, bias) if array is not None]
+    def _problem(num_rows: int, weight: Array, out_dtype: np.dtype, bias: Array | None, *others: Array) -> _Problem:
+        pointers = [array.data.ptr for array in (weight, bias, *others) if array is not None]
         alignment = functools.reduce(lambda a, b: a | b, pointers)
         return _Problem(
-            *y.shape, x.shape[1], x.dtype, y.dtype, bias is not None, min(alignment & -alignment, VECTOR_BYTES)
+            num_rows,
+            *weight.shape,
+            weight.dtype,
+            out_dtype,
+            bias is not None,
+            min(alignment & -alignment, VECTOR_BYTES),
         )
 
     def _run(self, plan: _Plan, algorithm: ctypes.Array, y: Array, x: Array, weight: Array, bias: Array | None) -> None:
