@@ -9,7 +9,5 @@ def test_the_recorded_run_is_of_these_sources_and_passed(root, digest):
         "cuda_src or mini_vllm/ops differ from what was last tested on a GPU: "
         "python -m pytest -m gpu --gpu-record tests/gpu_record.json"
     )
-    assert record["failed"] == len(record["failures"])
-    assert set(record["failures"]) <= set(record["explained"])
-    assert not [test for test in record["failures"] if test.startswith("tests/ops/")]
+    assert record["failed"] == 0, record["failures"]
     assert record["passed"] > 3000
