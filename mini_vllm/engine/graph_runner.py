@@ -8,6 +8,7 @@ written into static buffers first: one small copy for the columns, one for the b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,13 @@ from mini_vllm.engine.padding import (
     buffer_size,
     column_views,
     decode_columns,
+    decode_values,
     fill_columns,
     padded_attention,
+    padded_size,
     padded_sizes,
     prompt_columns,
+    prompt_values,
 )
 from mini_vllm.models.decoder import CausalLM
 from mini_vllm.models.kv_cache import KVCache
@@ -34,24 +38,30 @@ from mini_vllm.ops.cuda.device import GPUAllocator, GPUBuffer, StreamPool
 from mini_vllm.ops.cuda.graph import CapturedGraph
 
 
+@dataclass(frozen=True)
+class GraphContext:
+    """What the graphs of both runners work with. drawn: the tokens of the newest step; block_tables: static ones."""
+
+    model: CausalLM
+    kv: KVCache
+    ops: CudaOps
+    drawn: Array
+    block_tables: GPUBuffer
+    max_model_len: int
+
+    def forward(self, column: Mapping[str, Array], size: int, meta: AttentionMetadata) -> Array:
+        """Run the model on static columns, padded to `size` tokens: the hidden states of all of them."""
+        ids, positions = column["input_ids"][:size], column["positions"][:size]
+        return self.model.forward(ids, positions, meta, self.kv, self.drawn)
+
+
 class DecodeGraphRunner:
     """Replays decode steps of up to `max_num_seqs` sequences, without waiting for them."""
 
-    def __init__(
-        self,
-        model: CausalLM,
-        kv: KVCache,
-        ops: CudaOps,
-        drawn: Array,
-        block_tables: GPUBuffer,
-        *,
-        max_num_seqs: int,
-        max_model_len: int,
-    ) -> None:
-        self._model, self._kv, self._ops, self._drawn = model, kv, ops, drawn
-        self._max_model_len = max_model_len
+    def __init__(self, context: GraphContext, max_num_seqs: int) -> None:
+        self._context, ops, model = context, context.ops, context.model
         self._sizes = padded_sizes(DECODE_SIZES, max_num_seqs)
-        self._inputs = StaticInputs(decode_columns(max_num_seqs), block_tables)
+        self._inputs = StaticInputs(decode_columns(max_num_seqs), context.block_tables)
         self._cu_seqlens_q = ops.to_device(np.arange(max_num_seqs + 1, dtype=np.int32))
         self._allocator = GraphAllocator()
         ops.tune(self._sizes, model.projections, model.lm_head)
@@ -72,13 +82,12 @@ class DecodeGraphRunner:
             seq_lens=column["seq_lens"][:size],
             block_tables=self._inputs.block_tables[:size],
             max_seqlen_q=1,
-            max_seqlen_k=self._max_model_len,
+            max_seqlen_k=self._context.max_model_len,
         )
-        ids, positions = column["input_ids"][:size], column["positions"][:size]
-        logits = self._model.logits(self._model.forward(ids, positions, meta, self._kv, self._drawn))
+        logits = self._context.model.logits(self._context.forward(column, size, meta))
         columns = {name: column[name][:size] for name in SAMPLING_COLUMNS}
         batch = SamplingBatch(**columns, positions=column["draw_positions"][:size])
-        self._drawn[:size] = self._ops.sample(logits, batch)
+        self._context.drawn[:size] = self._context.ops.sample(logits, batch)
         return logits
 
     def run(self, host: ModelInput, batch: SamplingBatch) -> Array:
@@ -88,16 +97,8 @@ class DecodeGraphRunner:
         `is_simple`. The step before may still run, the one before that must have been waited for.
         """
         num_seqs = len(host.input_ids)
-        size = next(size for size in self._sizes if size >= num_seqs)
-        values = {name: getattr(batch, name) for name in SAMPLING_COLUMNS}
-        values |= {
-            "input_ids": host.input_ids,
-            "positions": host.positions,
-            "slot_mapping": host.attn.slot_mapping,
-            "seq_lens": host.attn.seq_lens,
-            "draw_positions": batch.positions,
-        }
-        self._inputs.upload(values, host.attn.block_tables)
+        size = padded_size(self._sizes, num_seqs)
+        self._inputs.upload(decode_values(host, batch), host.attn.block_tables)
         self._graphs[size].replay()
         return self._graphs[size].result[:num_seqs]
 
@@ -109,22 +110,11 @@ class PromptGraphRunner:
     captured when the first step of its size comes, which takes as long as two or three eager ones.
     """
 
-    def __init__(
-        self,
-        model: CausalLM,
-        kv: KVCache,
-        ops: CudaOps,
-        drawn: Array,
-        block_tables: GPUBuffer,
-        *,
-        max_num_tokens: int,
-        max_model_len: int,
-    ) -> None:
-        self.max_num_tokens = max_num_tokens
-        self._model, self._kv, self._drawn = model, kv, drawn
-        self._max_model_len = max_model_len
+    def __init__(self, context: GraphContext, max_num_tokens: int) -> None:
+        self._context, self.max_num_tokens = context, max_num_tokens
+        model, ops, max_num_seqs = context.model, context.ops, len(context.block_tables.data)
         self._sizes = padded_sizes(PROMPT_SIZES, max_num_tokens)
-        self._inputs = StaticInputs(prompt_columns(max_num_tokens, len(block_tables.data)), block_tables)
+        self._inputs = StaticInputs(prompt_columns(max_num_tokens, max_num_seqs), context.block_tables)
         # All graphs leave their result here: none keeps memory of its own, and so they all fit into the same.
         self._hidden = ops.zeros((max_num_tokens, model.config.hidden_size), ops.dtype)
         self._allocator = GraphAllocator()
@@ -143,9 +133,8 @@ class PromptGraphRunner:
     def _forward(self, size: int) -> None:
         """Run the model on the static buffers, padded to `size` tokens, and leave the hidden states in `_hidden`."""
         column = self._inputs.columns
-        meta = padded_attention(column, self._inputs.block_tables, size, self._max_model_len)
-        ids, positions = column["input_ids"][:size], column["positions"][:size]
-        hidden = self._model.forward(ids, positions, meta, self._kv, self._drawn)
+        meta = padded_attention(column, self._inputs.block_tables, size, self._context.max_model_len)
+        hidden = self._context.forward(column, size, meta)
         self._hidden.data.copy_from_device_async(hidden.data, hidden.nbytes)
 
     def forward(self, host: ModelInput) -> Array:
@@ -154,15 +143,8 @@ class PromptGraphRunner:
         The step before may still run, the one before that must have been waited for.
         """
         num_tokens = len(host.input_ids)
-        size = next(size for size in self._sizes if size >= num_tokens)
-        values = {
-            "input_ids": host.input_ids,
-            "positions": host.positions,
-            "slot_mapping": host.attn.slot_mapping,
-            "cu_seqlens_q": host.attn.cu_seqlens_q,
-            "seq_lens": host.attn.seq_lens,
-        }
-        self._inputs.upload(values, host.attn.block_tables)
+        size = padded_size(self._sizes, num_tokens)
+        self._inputs.upload(prompt_values(host), host.attn.block_tables)
         if size in self._graphs:
             self._graphs[size].replay()
         else:  # what is captured is run, too

@@ -101,15 +101,12 @@ class ModelRunner:
         watch.lap("kv_cache")
         self._download = ops.make_download(config.max_num_seqs, np.int32)
         if ops.device == "cuda" and not config.enforce_eager:
-            from mini_vllm.engine.graph_runner import DecodeGraphRunner, PromptGraphRunner, static_block_tables
+            from mini_vllm.engine import graph_runner
 
-            shared = self.model, self.kv, ops, self._drawn, static_block_tables(config.max_num_seqs, max_blocks)
-            self._graphs = DecodeGraphRunner(
-                *shared, max_num_seqs=config.max_num_seqs, max_model_len=self.max_model_len
-            )
-            self._prompt_graphs = PromptGraphRunner(
-                *shared, max_num_tokens=max_prompt_tokens(config), max_model_len=self.max_model_len
-            )
+            tables = graph_runner.static_block_tables(config.max_num_seqs, max_blocks)
+            context = graph_runner.GraphContext(self.model, self.kv, ops, self._drawn, tables, self.max_model_len)
+            self._graphs = graph_runner.DecodeGraphRunner(context, config.max_num_seqs)
+            self._prompt_graphs = graph_runner.PromptGraphRunner(context, max_prompt_tokens(config))
             # A busy engine fills its steps, so that this many rows are what most prompts are multiplied in.
             ops.tune([config.max_num_batched_tokens], self.model.projections)
             watch.lap("graphs")

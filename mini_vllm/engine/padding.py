@@ -13,7 +13,8 @@ import numpy as np
 
 from mini_vllm.config import EngineConfig
 from mini_vllm.engine.batch_state import SAMPLING_COLUMNS
-from mini_vllm.ops.base import Array, AttentionMetadata
+from mini_vllm.engine.model_input import ModelInput
+from mini_vllm.ops.base import Array, AttentionMetadata, SamplingBatch
 
 DECODE_SIZES = (1, 2, 4, 8)  # sequences
 PROMPT_SIZES = (16, 32, 64, 128)  # tokens; products are computed in tiles of up to 128 rows anyway
@@ -33,6 +34,11 @@ def padded_sizes(first: tuple[int, ...], limit: int) -> list[int]:
     while sizes[-1] < limit:
         sizes.append(sizes[-1] + max(first[-1], 1 << (sizes[-1].bit_length() - 3)))
     return [size for size in sizes if size < limit] + [limit]
+
+
+def padded_size(sizes: list[int], count: int) -> int:
+    """The smallest of the ascending sizes that `count` fits into."""
+    return next(size for size in sizes if size >= count)
 
 
 # ---- columns ------------------------------------------------------------------------------------------------------
@@ -60,6 +66,18 @@ def decode_columns(max_num_seqs: int) -> dict[str, Column]:
     return {name: Column(max_num_seqs, *column) for name, column in columns.items()}
 
 
+def decode_values(host: ModelInput, batch: SamplingBatch) -> dict[str, np.ndarray]:
+    """What a step writes into `decode_columns`."""
+    return {
+        "input_ids": host.input_ids,
+        "positions": host.positions,
+        "slot_mapping": host.attn.slot_mapping,
+        "seq_lens": host.attn.seq_lens,
+        **{name: getattr(batch, name) for name in SAMPLING_COLUMNS},
+        "draw_positions": batch.positions,
+    }
+
+
 def prompt_columns(max_num_tokens: int, max_num_seqs: int) -> dict[str, Column]:
     """Of a step with prompt tokens. Tokens of padding belong to no sequence, sequences of padding bring no token."""
     return {
@@ -68,6 +86,17 @@ def prompt_columns(max_num_tokens: int, max_num_seqs: int) -> dict[str, Column]:
         "slot_mapping": Column(max_num_tokens, np.int32, -1),
         "cu_seqlens_q": Column(max_num_seqs + 1, np.int32, None),
         "seq_lens": Column(max_num_seqs, np.int32, 0),
+    }
+
+
+def prompt_values(host: ModelInput) -> dict[str, np.ndarray]:
+    """What a step writes into `prompt_columns`."""
+    return {
+        "input_ids": host.input_ids,
+        "positions": host.positions,
+        "slot_mapping": host.attn.slot_mapping,
+        "cu_seqlens_q": host.attn.cu_seqlens_q,
+        "seq_lens": host.attn.seq_lens,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,11 +23,14 @@ from mini_vllm.engine.padding import (
     buffer_size,
     column_views,
     decode_columns,
+    decode_values,
     fill_columns,
     max_prompt_tokens,
     padded_attention,
+    padded_size,
     padded_sizes,
     prompt_columns,
+    prompt_values,
 )
 from mini_vllm.ops.numpy_ops import NumpyOps
 
@@ -87,6 +91,12 @@ def test_columns_of_one_buffer(data):
             assert views[name].tolist() == expected[name]
 
 
+def test_a_step_has_a_value_for_each_column():
+    """One by another name would silently be padding."""
+    assert decode_values(Mock(), Mock()).keys() == decode_columns(3).keys()
+    assert prompt_values(Mock()).keys() == prompt_columns(3, 2).keys()
+
+
 def test_padding_of_a_decode_step_is_greedy_and_sees_no_key():
     columns = decode_columns(3)
     views = column_views(columns, np.empty(buffer_size(columns), np.uint8))
@@ -130,10 +140,8 @@ class PaddedSteps:
             cache[:] = old
 
         attn, count = host.attn, len(host.input_ids)
-        size = next(size for size in self._sizes if size >= count)
-        values = {"input_ids": host.input_ids, "positions": host.positions, "slot_mapping": attn.slot_mapping}
-        values |= {"cu_seqlens_q": attn.cu_seqlens_q, "seq_lens": attn.seq_lens}
-        fill_columns(self._layout, self._column, values)
+        size = padded_size(self._sizes, count)
+        fill_columns(self._layout, self._column, prompt_values(host))
         rows, blocks = attn.block_tables.shape
         self._tables[:rows, :blocks] = attn.block_tables
         meta = padded_attention(self._column, self._tables, size, self.runner.max_model_len)
