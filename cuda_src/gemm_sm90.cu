@@ -69,10 +69,12 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
     const uint32_t ring = shared_address(shared), received = shared_address(&sums_received);
     const uint32_t full = shared_address(barriers[0]), empty = shared_address(barriers[1]);
     const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
-    const int split = cluster_width(), sharers = cluster_size() / split;
-    const int rank = cluster_rank() % split, sharer = cluster_rank() / split;
+    constexpr bool MAY_SHARE = ROWS >= 64;  // smaller tiles are for batches that fit into one
+    const int split = cluster_shape().x, split_bits = 31 - __clz(split);  // a power of two: nothing is divided by it
+    const int sharers = MAY_SHARE ? cluster_shape().y : 1;
+    const int rank = cluster_place().x, sharer = cluster_place().y;
     const int num_steps = div_ceil(in_features, COLUMNS);
-    const int first_step = num_steps * rank / split, count = num_steps * (rank + 1) / split - first_step;
+    const int first_step = num_steps * rank >> split_bits, count = (num_steps * (rank + 1) >> split_bits) - first_step;
 
     if (threadIdx.x == MULTIPLIERS) {
         prefetch_tensor_map(w_map);
@@ -84,7 +86,7 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
         mbarrier_init(received, 1);
         fence_proxy_async();
         fence_mbarrier_init();
-        mbarrier_arrive_expect(received, SUMS_BYTES);
+        mbarrier_arrive_expect(received, SUMS_BYTES - (SUMS_BYTES >> split_bits));  // the others' sums
     }
     __syncthreads();
     cluster_arrive_relaxed();
@@ -94,7 +96,7 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
 
     float c[ROWS / 8][4] = {};  // y^T: rows are outputs
     if (threadIdx.x == MULTIPLIERS) {
-        const int first_row_of_w = sharer * (OUTPUTS / sharers);  // what this block fetches for all that share W
+        const int first_row_of_w = sharer * (OUTPUTS >> (31 - __clz(sharers)));  // what this block fetches for all that share W
         const int own_output = first_row_of_w < OUTPUTS / 2 ? first_output + first_row_of_w
                                                             : second_output + first_row_of_w - OUTPUTS / 2;
         int all_sharers = 0;
@@ -143,8 +145,15 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
             wgmma_commit();
             wgmma_wait<1>();
             // Only as long as the ring is refilled: who ends may not be written to any more.
-            if (i > 0 && i + stages <= count && lane < sharers) mbarrier_arrive_cluster(last_empty);
-            last_empty = cluster_address(empty + 8 * stage, lane < sharers ? lane * split + rank : 0);
+            if (i > 0 && i + stages <= count && lane < sharers) {
+                if constexpr (MAY_SHARE) {
+                    mbarrier_arrive_cluster(last_empty);
+                } else {
+                    mbarrier_arrive(last_empty);
+                }
+            }
+            last_empty = empty + 8 * stage;
+            if (MAY_SHARE) last_empty = cluster_address(last_empty, lane < sharers ? lane * split + rank : 0);
             if (++stage == stages) stage = 0, parity ^= 1;
         }
         wgmma_wait<0>();
@@ -152,7 +161,7 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
     }
 
     // ---- the sums of the blocks that share the columns: each gets a part of the rows, [split][share][SUM_ROW] ----
-    const int share = ROWS / split;
+    const int share = ROWS >> split_bits, others = max(stages * STAGE_BYTES, SUMS_BYTES);
     float* sums = reinterpret_cast<float*>(shared);
     if (sharers == 1) cluster_wait();
     if (warp < MULTIPLIERS / WARP_SIZE) {
@@ -169,16 +178,12 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
         }
         fence_proxy_async();
         named_barrier<MULTIPLIERS>(1);
-        if (split > 1) {
-            const int others = max(stages * STAGE_BYTES, SUMS_BYTES), bytes = SUMS_BYTES / split;
-            if (threadIdx.x < split) {
-                const int to = sharer * split + threadIdx.x;
-                copy_to_cluster(cluster_address(ring + others + rank * bytes, to), ring + threadIdx.x * bytes, bytes,
-                                cluster_address(received, to));
-            }
-            sums += others / sizeof(float);
-            mbarrier_wait(received, 0);
+        if (threadIdx.x < split && threadIdx.x != rank) {
+            const int to = sharer * split + threadIdx.x, bytes = SUMS_BYTES >> split_bits;
+            copy_to_cluster(cluster_address(ring + others + rank * bytes, to), ring + threadIdx.x * bytes, bytes,
+                            cluster_address(received, to));
         }
+        mbarrier_wait(received, 0);
     }
     __syncwarp();
     cluster_arrive_relaxed();  // this block has received all that others sent
@@ -187,9 +192,10 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
         const int column = threadIdx.x % 8 * 8, valid = min(share, num_rows - first_row - rank * share);
         for (int i = threadIdx.x / 8; i < valid; i += MULTIPLIERS / 8) {
             float first[8] = {}, second[8] = {};
-            const float* place = sums + i * SUM_ROW + column;
 #pragma unroll 2
-            for (int r = 0; r < split; r++, place += share * SUM_ROW) {
+            for (int r = 0; r < split; r++) {
+                const float* place = sums + (r * share + i) * SUM_ROW + column;
+                if (r != rank) place += others / sizeof(float);
 #pragma unroll
                 for (int j = 0; j < 8; j += 4) {
                     const auto a = Vec<float>::load(place + j), b = Vec<float>::load(place + OUTPUTS / 2 + j);
@@ -209,7 +215,7 @@ template <typename T, int ROWS>
 __global__ void __launch_bounds__(THREADS, 2) gemm_sm90(
     T* y, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
     const T* __restrict__ bias, int num_rows, int out_features, int in_features, int stages) {
-    const int first_output = blockIdx.x / cluster_width() * OUTPUTS;
+    const int first_output = (blockIdx.x >> (31 - __clz(cluster_shape().x))) * OUTPUTS;
     product<T, ROWS>(
         x_map, w_map, first_output, first_output + OUTPUTS / 2, blockIdx.y * ROWS, num_rows, in_features, stages,
         [&](int row, int column, const float(&first)[8], const float(&second)[8]) {
@@ -232,7 +238,7 @@ template <typename T, int ROWS>
 __global__ void __launch_bounds__(THREADS, 2) gemm_swiglu_sm90(
     T* y, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const T* __restrict__ bias,
     int num_rows, int out_features, int in_features, int stages) {
-    const int num_outputs = out_features / 2, first_output = blockIdx.x / cluster_width() * (OUTPUTS / 2);
+    const int num_outputs = out_features / 2, first_output = (blockIdx.x >> (31 - __clz(cluster_shape().x))) * (OUTPUTS / 2);
     product<T, ROWS>(
         x_map, w_map, first_output, num_outputs + first_output, blockIdx.y * ROWS, num_rows, in_features, stages,
         [&](int row, int column, const float(&gates)[8], const float(&ups)[8]) {

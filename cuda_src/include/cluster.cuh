@@ -20,12 +20,6 @@ __device__ inline uint32_t cluster_address(uint32_t address, int rank) {
 #endif
 }
 
-__device__ inline void cluster_store(uint32_t address, float value) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-#endif
-}
-
 __device__ inline void cluster_store(uint32_t address, float2 value) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(value.x), "f"(value.y) : "memory");
@@ -40,29 +34,23 @@ __device__ inline void cluster_store(uint32_t address, float4 value) {
 #endif
 }
 
-// How many blocks this block's cluster has, and which of them it is. A launch without clusters makes clusters of one.
-__device__ inline int cluster_size() {
-    int size = 1;
+// How many blocks this block's cluster has along x and y, and which of them it is; ranks count along x first. A launch
+// without clusters makes clusters of one.
+__device__ inline int2 cluster_shape() {
+    int2 shape = {1, 1};
 #if __CUDA_ARCH__ >= 900
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(shape.x));
+    asm("mov.u32 %0, %%cluster_nctaid.y;" : "=r"(shape.y));
 #endif
-    return size;
+    return shape;
 }
-__device__ inline int cluster_rank() {
-    int rank = 0;
+__device__ inline int2 cluster_place() {
+    int2 place = {0, 0};
 #if __CUDA_ARCH__ >= 900
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(place.x));
+    asm("mov.u32 %0, %%cluster_ctaid.y;" : "=r"(place.y));
 #endif
-    return rank;
-}
-
-// Its blocks along x; their ranks follow one another, as do those of its rows of blocks along y.
-__device__ inline int cluster_width() {
-    int width = 1;
-#if __CUDA_ARCH__ >= 900
-    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(width));
-#endif
-    return width;
+    return place;
 }
 
 // A barrier of all threads of the cluster, in two halves. What was written before arriving is seen after waiting.

@@ -115,6 +115,8 @@ def test_swiglu(dtype, info, rows, shape, bias):
 @pytest.mark.parametrize("stages", [2, 4])
 def test_every_way_to_cut(info, monkeypatch, split, sharers, rows, stages):
     """Rings that are refilled, clusters of all shapes, steps that they do not share evenly, several tiles of rows."""
+    if sharers > 1 and rows < gemm_sm90.FEW_ROWS:
+        pytest.skip("smaller tiles are for batches that fit into one")
     cut = gemm_sm90.Plan.of(rows, split, sharers, 1600, info.max_shared_memory)
     monkeypatch.setattr(gemm_sm90, "plan", lambda *_: (replace(cut, stages=min(stages, cut.stages)), 1))
     case = Case(min(2 * rows + 3, gemm_sm90.MAX_ROWS), 200, 1600, BFLOAT16)
