@@ -107,8 +107,6 @@ class ModelRunner:
             context = graph_runner.GraphContext(self.model, self.kv, ops, self._drawn, tables, self.max_model_len)
             self._graphs = graph_runner.DecodeGraphRunner(context, config.max_num_seqs)
             self._prompt_graphs = graph_runner.PromptGraphRunner(context, max_prompt_tokens(config))
-            # A busy engine fills its steps, so that this many rows are what most prompts are multiplied in.
-            ops.tune([config.max_num_batched_tokens], self.model.projections)
             watch.lap("graphs")
 
     def launch(self, output: SchedulerOutput) -> Callable[[], StepResult]:

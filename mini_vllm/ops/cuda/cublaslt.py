@@ -187,22 +187,15 @@ class CublasLt:
     def tune(self, num_rows: int, weights: Sequence[Array], bias: Array | None, out_dtype: np.dtype) -> None:
         """Choose the algorithm for x [num_rows, in] times weights of one shape by measuring them on all of these.
 
-        They should be more than the GPU's L2 cache holds, as they are when a model runs; where one product is long
-        enough to be measured, only the first of them are used. `bias` stands for theirs. Does nothing for a shape that
-        was measured before, here or in an earlier process.
+        They should be more than the GPU's L2 cache holds, as they are when a model runs. `bias` stands for theirs. Does
+        nothing for a shape that was measured before, here or in an earlier process.
         """
         problem = self._problem(num_rows, weights[0], out_dtype, bias)  # x and y will be aligned
         if self._choices.get(problem) is not None:
             return
         out_features, in_features = weights[0].shape
-        weights = weights[: max(1, TUNING_FLOPS // (2 * num_rows * out_features * in_features))]
-        x, y = (cupy.empty((num_rows, n), t) for n, t in ((in_features, weights[0].dtype), (out_features, out_dtype)))
-        filled = min(num_rows, 256)
-        x[:filled] = cupy.asarray(_RANDOM.standard_normal((filled, in_features), np.float32).astype(x.dtype))
-        while filled < num_rows:
-            more = min(filled, num_rows - filled)
-            x[filled : filled + more] = x[:more]
-            filled += more
+        x = cupy.asarray(_RANDOM.standard_normal((num_rows, in_features), np.float32).astype(weights[0].dtype))
+        y = cupy.empty((num_rows, out_features), out_dtype)
         plan = _Plan(self._handle, problem, NUM_PROPOSALS)
 
         def all_products(algorithm: ctypes.Array) -> Callable[[], None]:
@@ -249,7 +242,6 @@ class CublasLt:
 # ---- tuning -------------------------------------------------------------------------------------------------------
 
 NUM_PROPOSALS = 8
-TUNING_FLOPS = 4_000_000_000_000  # of one measurement: some milliseconds
 _REPLAYS = 5
 _RANDOM = np.random.default_rng(0)
 

@@ -59,7 +59,7 @@ class CudaOps(Compositions):
         """
         return compile_all(instances([self.dtype], [head_dim]))
 
-    def tune(self, rows: Sequence[int], weights: Sequence[Weight], head: Weight | None = None) -> None:
+    def tune(self, rows: Sequence[int], weights: Sequence[Weight], head: Weight) -> None:
         """Measure the best way to multiply so many rows with each of these weights; see `Gemm.tune`."""
         self._gemm.tune(rows, weights, head)
 

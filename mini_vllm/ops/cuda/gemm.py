@@ -184,7 +184,7 @@ class Gemm:
             gemv(y, x, w, bias)
         return y
 
-    def tune(self, rows: Iterable[int], weights: Iterable[DenseWeight], head: DenseWeight | None) -> None:
+    def tune(self, rows: Iterable[int], weights: Iterable[DenseWeight], head: DenseWeight) -> None:
         """Measure which of cuBLASLt's algorithms is fastest for these numbers of rows, and remember it on disk.
 
         weights: those that `linear` multiplies with; head: the one of `logits`. Only for 16-bit types: in float32 it
@@ -194,9 +194,7 @@ class Gemm:
         for weight in weights:
             groups.setdefault((weight.weight.shape, weight.bias is not None), []).append(weight)
         products = [(group, group[0].weight.dtype) for group in groups.values()]
-        if head is not None:
-            products.append(([head], np.dtype(np.float32)))
-        for group, out_dtype in products:
+        for group, out_dtype in (*products, ([head], np.dtype(np.float32))):
             first = group[0].weight
             if first.itemsize != 2:
                 continue
