@@ -3,6 +3,11 @@
 // Shapes: x [num_rows, in_features]; W [out_features, in_features], both with rows of whole 16-byte vectors; y
 // [num_rows, out_features], out_features a multiple of 8. T has 16 bits; sums are float, rounded to T once.
 //
+// An RMSNorm between two products needs no kernel of its own. norm(t) W^T = r (t * norm) W^T with one number r for each
+// row, r = 1 / sqrt(mean(t^2) + eps). The product in front, given `residual` [num_rows, out_features], writes `total`
+// t = y + residual as add_rms_norm does, t * norm as its y, and the sums of squares of each 128 elements of t,
+// `total_squares` [num_rows, out_features / 128]. The product behind, given these as `x_squares`, multiplies its sums by r.
+//
 // Who does what: a block makes 128 outputs for ROWS rows of x. Neighbours along x in a cluster share the columns;
 // neighbours along y share W: each fetches a part of it for all of them, and rows of x of its own. One thread lets the
 // copy engine fill a ring with W and x, 64 columns a stage; two warpgroups multiply 64 outputs each. W is the A of the
@@ -38,6 +43,15 @@
 //     step: 12.6 to 16 us instead of 8.5; a branch between own and others' barriers instead of one address: 9.3
 //   the cluster's sums as single stores into the others' shared memory, behind a releasing barrier, instead of one copy
 //     for each block: up to 0.7 us more with splits of 4 and 8 (1024 x 2048, 64 rows: 7.5 instead of 6.8)
+//   dividing by the cluster's sizes, and the code for sharing W in tiles that never do (1465 instead of 997 instructions
+//     with 16 rows): a decode step of Qwen3-0.6B with 8 sequences 0.953 ms instead of 0.933, with 16 1.169 (1.138)
+//   the norm between two products, one thread making a row's factor before the first step, and what the end needs loaded
+//     there: a step of Qwen3-0.6B with 256, 64, 8 sequences 5.66, 2.05, 0.888 ms instead of 5.73, 2.10, 0.910 with
+//     rms_norm's own launches, but one of Qwen3-8B with 8 5.37 instead of 5.14
+//   the same with the norm's weights fetched to shared memory before the block's first barrier: 8B with 8 5.35 instead
+//     of 4.99, since the ring's first copies wait for what comes from memory
+//   now: 0.6B with 64, 16, 8 sequences 2.06, 1.12, 0.875 ms instead of 2.12, 1.15, 0.910; 8B with 8 5.16 instead of 4.97:
+//     large weights keep the memory busy while rms_norm runs, so they are left to it
 //   each block reading its part of the sums from the others' shared memory (1024 x 2048, 128 rows): 8.35; with that,
 //     rms_norm letting this kernel start only after its own wait 8.68, and then half the ring, two blocks a
 //     multiprocessor, 8.96; wgmma_wait<2> the same
@@ -48,16 +62,25 @@
 constexpr int OUTPUTS = 128;  // of a block: twice the M of a wgmma
 constexpr int MULTIPLIERS = 256, THREADS = MULTIPLIERS + WARP_SIZE;
 
-// The sums of x W^T for rows first_row.. of x and outputs first_output.. and second_output.. (64 each). For each row,
-// each of 8 threads calls
-//     finish(row, column, first, second)
+// The sum over 8 neighbouring threads, whatever the others of the warp do.
+__device__ inline float sum_of_eight(float x) {
+    const unsigned mask = 0xffu << threadIdx.x % WARP_SIZE / 8 * 8;
+#pragma unroll
+    for (int offset = 1; offset < 8; offset *= 2) x += __shfl_xor_sync(mask, x, offset);
+    return x;
+}
+
+// The sums of x W^T for rows first_row.. of x and outputs first_output.. and second_output.. (64 each), multiplied by r
+// where there are x_squares. For each row, each of 8 neighbouring threads calls
+//     finish(row, column, first, second, prepare(row, column))
 // once, in one of the cluster's blocks, with the sums of the 8 outputs from first_output + column and from
-// second_output + column on.
+// second_output + column on; before all rows, begin(column). What these load arrives while the block waits for others.
 // Shared memory, from a multiple of 1024 on: the ring of `stages`, in which this block's sums lie afterwards, float
 // [ROWS][OUTPUTS + 4]; behind it, if blocks share the columns, as many sums that it has received.
-template <typename T, int ROWS, typename Finish>
+template <typename T, int ROWS, typename Begin, typename Prepare, typename Finish>
 __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, int first_output, int second_output,
-                               int first_row, int num_rows, int in_features, int stages, Finish finish) {
+                               int first_row, int num_rows, int in_features, int stages,
+                               const float* x_squares, float eps, Begin begin, Prepare prepare, Finish finish) {
 #ifdef HAS_WGMMA
     constexpr int COLUMNS = 64, MAX_STAGES = 16;  // of a step: a swizzled row
     constexpr int SUM_ROW = OUTPUTS + 4;          // floats, padded, so that fragments meet no bank twice
@@ -94,7 +117,20 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
     // That all blocks have started is waited for before one writes to another's memory.
     if (sharers > 1) cluster_wait();
 
+    // In the end this block finishes `share` rows, each by 8 threads: a thread takes some turns.
+    constexpr int TURNS = div_ceil(ROWS, MULTIPLIERS / 8);
+    const int share = ROWS >> split_bits, valid = min(share, num_rows - first_row - rank * share);
+    const int column = threadIdx.x % 8 * 8;
+    const auto for_each_row = [&](auto f) {  // f(turn, the row's number among those of the block)
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
+            const int i = turn * (MULTIPLIERS / 8) + threadIdx.x / 8;
+            if (i < valid) f(turn, i);
+        }
+    };
+
     float c[ROWS / 8][4] = {};  // y^T: rows are outputs
+    float squares[TURNS] = {};  // this thread's part of them, by turn
     if (threadIdx.x == MULTIPLIERS) {
         const int first_row_of_w = sharer * (OUTPUTS >> (31 - __clz(sharers)));  // what this block fetches for all that share W
         const int own_output = first_row_of_w < OUTPUTS / 2 ? first_output + first_row_of_w
@@ -128,6 +164,14 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
         }
     } else {
         griddepcontrol_wait();
+        if (warp < MULTIPLIERS / WARP_SIZE && x_squares != nullptr) {  // they come with the first x
+            for_each_row([&](int turn, int i) {
+                const int parts = div_ceil(in_features, OUTPUTS);
+                const float* of_row = x_squares + (first_row + rank * share + i) * parts;
+#pragma unroll 4
+                for (int part = threadIdx.x % 8; part < parts; part += 8) squares[turn] += of_row[part];
+            });
+        }
     }
     __syncwarp();
     if (warp < MULTIPLIERS / WARP_SIZE) {
@@ -161,8 +205,10 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
     }
 
     // ---- the sums of the blocks that share the columns: each gets a part of the rows, [split][share][SUM_ROW] ----
-    const int share = ROWS >> split_bits, others = max(stages * STAGE_BYTES, SUMS_BYTES);
+    const int others = max(stages * STAGE_BYTES, SUMS_BYTES);
     float* sums = reinterpret_cast<float*>(shared);
+    constexpr int AHEAD = TURNS < 2 ? TURNS : 2;  // as many as registers allow
+    decltype(prepare(0, 0)) prepared[AHEAD];
     if (sharers == 1) cluster_wait();
     if (warp < MULTIPLIERS / WARP_SIZE) {
         named_barrier<MULTIPLIERS>(1);  // nobody multiplies from the ring any more
@@ -176,6 +222,10 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
                 place[8] = c[i][2 + j];
             }
         }
+        begin(column);
+        for_each_row([&](int turn, int i) {
+            if (turn < AHEAD) prepared[turn] = prepare(first_row + rank * share + i, column);
+        });
         fence_proxy_async();
         named_barrier<MULTIPLIERS>(1);
         if (threadIdx.x < split && threadIdx.x != rank) {
@@ -189,8 +239,7 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
     cluster_arrive_relaxed();  // this block has received all that others sent
 
     if (warp < MULTIPLIERS / WARP_SIZE) {
-        const int column = threadIdx.x % 8 * 8, valid = min(share, num_rows - first_row - rank * share);
-        for (int i = threadIdx.x / 8; i < valid; i += MULTIPLIERS / 8) {
+        for_each_row([&](int turn, int i) {
             float first[8] = {}, second[8] = {};
 #pragma unroll 2
             for (int r = 0; r < split; r++) {
@@ -203,33 +252,87 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
                     for (int e = 0; e < 4; e++) first[j + e] += a[e], second[j + e] += b[e];
                 }
             }
-            finish(first_row + rank * share + i, column, first, second);
-        }
+            if (x_squares != nullptr) {
+                const float scale = fast_rsqrt(sum_of_eight(squares[turn]) / in_features + eps);
+#pragma unroll
+                for (int j = 0; j < 8; j++) first[j] *= scale, second[j] *= scale;
+            }
+            const int row = first_row + rank * share + i;
+            finish(row, column, first, second, turn < AHEAD ? prepared[turn] : prepare(row, column));
+        });
     }
     __syncwarp();
     cluster_wait();  // and others all that it sent
 #endif
 }
 
+// 8 elements of both halves of a block's outputs.
+template <typename T>
+struct Residuals {
+    Vec<T> halves[2];
+};
+
+// residual, total, norm [out_features] and total_squares: all or none.
 template <typename T, int ROWS>
 __global__ void __launch_bounds__(THREADS, 2) gemm_sm90(
-    T* y, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
-    const T* __restrict__ bias, int num_rows, int out_features, int in_features, int stages) {
-    const int first_output = (blockIdx.x >> (31 - __clz(cluster_shape().x))) * OUTPUTS;
+    T* y, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const T* __restrict__ bias,
+    const float* x_squares, float eps, const T* residual, T* total, const T* __restrict__ norm, float* total_squares,
+    int num_rows, int out_features, int in_features, int stages) {
+    const int tile = blockIdx.x >> (31 - __clz(cluster_shape().x)), first_output = tile * OUTPUTS;
+    if (residual != nullptr && threadIdx.x < 2) {  // from memory it may come late, and nothing should wait for it
+        prefetch_l2(norm + min(first_output + static_cast<int>(threadIdx.x) * 64, out_features - 8));
+    }
+    Vec<T> weights[2];  // the norm's
     product<T, ROWS>(
         x_map, w_map, first_output, first_output + OUTPUTS / 2, blockIdx.y * ROWS, num_rows, in_features, stages,
-        [&](int row, int column, const float(&first)[8], const float(&second)[8]) {
-            const auto store = [&](int output, const float(&sums)[8]) {
+        x_squares, eps,
+        [&](int column) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int output = first_output + column + half * (OUTPUTS / 2);
+                if (norm != nullptr && output < out_features) weights[half] = Vec<T>::load_readonly(norm + output);
+            }
+        },
+        [&](int row, int column) {
+            Residuals<T> residuals;
+            const int64_t place = static_cast<int64_t>(row) * out_features + first_output + column;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int more = half * (OUTPUTS / 2);
+                if (residual == nullptr || first_output + column + more >= out_features) continue;
+                residuals.halves[half] = Vec<T>::load(residual + place + more);
+            }
+            return residuals;
+        },
+        [&](int row, int column, const float(&first)[8], const float(&second)[8], const Residuals<T>& residuals) {
+            float squares = 0;
+            const auto store = [&](int half, const float(&sums)[8]) {
+                const int output = first_output + column + half * (OUTPUTS / 2);
                 if (output >= out_features) return;
+                const int64_t place = static_cast<int64_t>(row) * out_features + output;
                 Vec<T> result;
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
                     result[j] = from_float<T>(bias != nullptr ? sums[j] + to_float(bias[output + j]) : sums[j]);
                 }
-                result.store(y + static_cast<int64_t>(row) * out_features + output);
+                if (residual != nullptr) {
+                    Vec<T> sum;
+#pragma unroll
+                    for (int j = 0; j < 8; j++) {
+                        sum[j] = from_float<T>(to_float(result[j]) + to_float(residuals.halves[half][j]));
+                        squares += to_float(sum[j]) * to_float(sum[j]);
+                        result[j] = from_float<T>(to_float(sum[j]) * to_float(weights[half][j]));
+                    }
+                    sum.store(total + place);
+                }
+                result.store(y + place);
             };
-            store(first_output + column, first);
-            store(first_output + column + OUTPUTS / 2, second);
+            store(0, first);
+            store(1, second);
+            if (residual != nullptr) {
+                squares = sum_of_eight(squares);
+                if (column == 0) total_squares[row * div_ceil(out_features, OUTPUTS) + tile] = squares;
+            }
         });
 }
 
@@ -237,11 +340,12 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_sm90(
 template <typename T, int ROWS>
 __global__ void __launch_bounds__(THREADS, 2) gemm_swiglu_sm90(
     T* y, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const T* __restrict__ bias,
-    int num_rows, int out_features, int in_features, int stages) {
+    const float* x_squares, float eps, int num_rows, int out_features, int in_features, int stages) {
     const int num_outputs = out_features / 2, first_output = (blockIdx.x >> (31 - __clz(cluster_shape().x))) * (OUTPUTS / 2);
     product<T, ROWS>(
         x_map, w_map, first_output, num_outputs + first_output, blockIdx.y * ROWS, num_rows, in_features, stages,
-        [&](int row, int column, const float(&gates)[8], const float(&ups)[8]) {
+        x_squares, eps, [](int column) {}, [](int row, int column) { return 0; },
+        [&](int row, int column, const float(&gates)[8], const float(&ups)[8], int) {
             const int output = first_output + column;
             if (output >= num_outputs) return;
             Vec<T> result;

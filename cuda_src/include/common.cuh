@@ -148,6 +148,9 @@ struct alignas(sizeof(T) * N) Vec {
     __device__ Bits to_bits() const { return *reinterpret_cast<const Bits*>(data); }
 };
 
+// Asks for 128 bytes of memory, into the L2 cache.
+__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // ---- programmatic dependent launch (Hopper and later) -----------------------------------------------------------
 //
 // A kernel launched with Kernel(..., pdl=True) may start while the kernel before it is still finishing. Until

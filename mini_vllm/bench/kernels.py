@@ -164,6 +164,8 @@ def cases(ops: CudaOps) -> Iterator[Case]:
     for columns, rows in ((2048, 1024), (3072, 1024), (4096, 4096), (12288, 4096)):  # o_proj and down_proj
         for tokens in (1, 64, 256):
             yield _linear(ops, tokens, columns, rows)
+        for tokens in (8, 64, 256):
+            yield _linear_before_norm(ops, tokens, columns, rows)
     for tokens, columns, rows in (
         (1, 1024, 6144),
         (1, 4096, 24576),
@@ -236,6 +238,17 @@ def _add_norm_swiglu(ops: CudaOps, tokens: int, hidden: int, width: int) -> Case
     num_bytes = (3 * tokens * hidden + hidden + 2 * width * hidden + tokens * width) * ops.dtype.itemsize
     name = f"add_norm_swiglu {tokens} x {hidden} to 2 x {width}"
     return Case(name, setup, num_bytes, 4 * tokens * hidden * width)
+
+
+def _linear_before_norm(ops: CudaOps, tokens: int, columns: int, rows: int) -> Case:
+    def setup() -> Callable[[], Any]:
+        x, weight = _random(ops, tokens, columns), DenseWeight(_random(ops, rows, columns))
+        residual, norm_weight = _random(ops, tokens, rows), _random(ops, rows)
+        return lambda: ops.linear_before_norm(x, weight, residual, norm_weight)[0]
+
+    num_bytes = (tokens * columns + rows * columns + 3 * tokens * rows + rows) * ops.dtype.itemsize
+    name = f"linear_before_norm {tokens} x {columns} to {rows}"
+    return Case(name, setup, num_bytes, 2 * tokens * columns * rows)
 
 
 def _linear(ops: CudaOps, tokens: int, columns: int, rows: int) -> Case:

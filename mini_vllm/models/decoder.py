@@ -5,7 +5,8 @@
                 hidden += down_proj(silu_and_mul(gate_up_proj(norm(hidden))))
     logits = lm_head(norm(hidden))
 
-The sum is kept in two parts, the last projection's output and the `residual` before it, which the next norm adds up.
+The sum is kept in two parts, the last projection's output and the `residual` before it, which the next norm adds up;
+the projection is told that norm's weight, so that a backend can do so at once.
 Each class is its weights and a forward pass; state comes in as arguments.
 """
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from mini_vllm.config import ModelConfig
 from mini_vllm.models.kv_cache import KVCache
-from mini_vllm.ops.base import Array, AttentionMetadata, Ops
+from mini_vllm.ops.base import Array, AttentionMetadata, Ops, Residual
 from mini_vllm.ops.weight import Weight
 
 
@@ -31,21 +32,22 @@ class Attention:
         self,
         ops: Ops,
         config: ModelConfig,
-        norm: Array,
+        norms: tuple[Array, Array],
         hidden: Array,
-        residual: Array | None,
+        residual: Residual | None,
         positions: Array,
         rope: Array,
         keys: Array,
         values: Array,
         meta: AttentionMetadata,
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Residual]:
         eps, scale = config.rms_norm_eps, config.head_dim**-0.5
+        norm, next_norm = norms
         qkv, residual = ops.add_norm_linear(hidden, residual, norm, eps, self.qkv_proj)
         out = ops.rope_attention(
             qkv, positions, rope, self.q_norm, self.k_norm, eps, keys, values, meta, scale, self.window
         )
-        return ops.all_reduce(ops.linear(out, self.o_proj)), residual
+        return ops.linear_before_norm(out, self.o_proj, residual, next_norm)
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,16 @@ class MLP:
     down_proj: Weight
 
     def forward(
-        self, ops: Ops, config: ModelConfig, norm: Array, hidden: Array, residual: Array
-    ) -> tuple[Array, Array]:
+        self,
+        ops: Ops,
+        config: ModelConfig,
+        norms: tuple[Array, Array | None],
+        hidden: Array,
+        residual: Residual,
+    ) -> tuple[Array, Residual]:
+        norm, next_norm = norms
         gated, residual = ops.add_norm_swiglu(hidden, residual, norm, config.rms_norm_eps, self.gate_up_proj)
-        return ops.all_reduce(ops.linear(gated, self.down_proj)), residual
+        return ops.linear_before_norm(gated, self.down_proj, residual, next_norm)
 
 
 @dataclass(frozen=True)
@@ -92,10 +100,12 @@ class CausalLM:
         """
         ops = self.ops
         hidden, residual = ops.embedding(input_ids, self.embed_tokens, previous), None
-        for i, layer in enumerate(self.layers):
+        next_norms = [*(layer.input_norm for layer in self.layers[1:]), None]  # no product follows the last one
+        for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
+            norms = layer.input_norm, layer.post_attention_norm, next_norm
             state = positions, self.rope, kv.keys[i], kv.values[i], meta
-            hidden, residual = layer.attention.forward(ops, self.config, layer.input_norm, hidden, residual, *state)
-            hidden, residual = layer.mlp.forward(ops, self.config, layer.post_attention_norm, hidden, residual)
+            hidden, residual = layer.attention.forward(ops, self.config, norms[:2], hidden, residual, *state)
+            hidden, residual = layer.mlp.forward(ops, self.config, norms[1:], hidden, residual)
         return ops.add_rms_norm(hidden, residual, self.norm, self.config.rms_norm_eps)[0]
 
     @property

@@ -16,6 +16,7 @@ import numpy as np
 from mini_vllm.ops.weight import Weight
 
 Array = Any  # numpy.ndarray or cupy.ndarray
+Residual = Any  # an Array, or what a backend's linear_before_norm makes of it
 Dataclass = TypeVar("Dataclass")
 
 BANNED = np.float32(-1e30)
@@ -170,19 +171,29 @@ class Ops(Protocol):
     # by definition the composition of the single ones, with the same roundings in between.
 
     def add_norm_linear(
-        self, x: Array, residual: Array | None, norm_weight: Array, eps: float, weight: Weight
+        self, x: Array, residual: Residual | None, norm_weight: Array, eps: float, weight: Weight
     ) -> tuple[Array, Array]:
         """(linear(h, weight), new residual) with (h, new residual) = add_rms_norm(x, residual, norm_weight, eps).
 
-        Without a residual, x is the new one and h its norm. As with `add_rms_norm`, the caller must not read `x` or
-        `residual` again.
+        Without a residual, x is the new one and h its norm. Both may come from `linear_before_norm`. As with
+        `add_rms_norm`, the caller must not read `x` or `residual` again.
         """
         ...
 
     def add_norm_swiglu(
-        self, x: Array, residual: Array | None, norm_weight: Array, eps: float, gate_up: Weight
+        self, x: Array, residual: Residual | None, norm_weight: Array, eps: float, gate_up: Weight
     ) -> tuple[Array, Array]:
         """(silu_and_mul(y), new residual) with (y, new residual) = add_norm_linear(x, residual, ..., gate_up)."""
+        ...
+
+    def linear_before_norm(
+        self, x: Array, weight: Weight, residual: Array, norm_weight: Array | None
+    ) -> tuple[Array, Residual]:
+        """(all_reduce(linear(x, weight)), residual): the x and residual of the next norm, which has this norm_weight.
+
+        Only `add_norm_linear` and `add_norm_swiglu` with the same weight may read them: a backend may already have
+        made a part of what they do. With None as norm_weight they are what they are said to be.
+        """
         ...
 
     def rope_attention(
@@ -280,6 +291,11 @@ class Compositions:
     ) -> tuple[Array, Array]:
         y, residual = self.add_norm_linear(x, residual, norm_weight, eps, gate_up)
         return self.silu_and_mul(y), residual
+
+    def linear_before_norm(
+        self, x: Array, weight: Weight, residual: Array, norm_weight: Array | None
+    ) -> tuple[Array, Residual]:
+        return self.all_reduce(self.linear(x, weight)), residual
 
     def rope_attention(
         self,

@@ -31,7 +31,8 @@ def test_cases_call_each_op_as_it_is_and_stay_finite():
     assert len({case.name for case in found}) == len(found)
     small = [case for case in found if case.num_bytes < 20e6 and case.num_flops < 1e9]
     ops = {case.name.split()[0] for case in found}
-    assert {case.name.split()[0] for case in small} == ops >= {"add_norm_linear", "add_norm_swiglu", "rope_attention"}
+    assert {case.name.split()[0] for case in small} == ops
+    assert ops >= {"add_norm_linear", "add_norm_swiglu", "linear_before_norm", "rope_attention"}
     for case in small:
         call = case.setup()
         for _ in range(2 * kernels.REPLAYS if case.name.startswith("add_") else 1):
@@ -52,6 +53,7 @@ def test_bytes_of_a_case_are_those_of_its_inputs_and_outputs():
     assert num_bytes["add_norm_swiglu 4 x 4096 to 2 x 12288"] == 2 * (
         3 * 4 * 4096 + 4096 + 2 * 12288 * 4096 + 4 * 12288
     )
+    assert num_bytes["linear_before_norm 64 x 2048 to 1024"] == 2 * (64 * 2048 + 2048 * 1024 + 3 * 64 * 1024 + 1024)
     qkv, out, kv = 32 * 128, 16 * 128, 2 * 8 * 128
     assert num_bytes["rope_attention decode 8 x 1024, 16/8 heads"] == 2 * 8 * (qkv + out + 1024 * kv)
 

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 import cupy
 import numpy as np
 
-from mini_vllm.ops.base import Array, AttentionMetadata, Compositions, SamplingBatch, TokenLogprobs
+from mini_vllm.ops.base import Array, AttentionMetadata, Compositions, Residual, SamplingBatch, TokenLogprobs
 from mini_vllm.ops.cuda import attention, elementwise, gemm, require_cuda, sampling
 from mini_vllm.ops.cuda.device import DeviceInfo, Download, PinnedStaging, WeightUpload, pinned_zeros
+from mini_vllm.ops.cuda.gemm_sm90 import AddedResidual
 from mini_vllm.ops.cuda.kernel import DTYPES, Kernel, compile_all, type_name
 from mini_vllm.ops.weight import Weight
 
@@ -141,23 +142,37 @@ class CudaOps(Compositions):
         elementwise.copy_blocks(k_source, v_source, k_target, v_target, pairs)
 
     def add_norm_linear(
-        self, x: Array, residual: Array | None, norm_weight: Array, eps: float, weight: Weight
+        self, x: Array, residual: Residual | None, norm_weight: Array, eps: float, weight: Weight
     ) -> tuple[Array, Array]:
+        if isinstance(residual, AddedResidual):
+            if (y := self._gemm.scaled(x, residual, eps, weight)) is not None:
+                return y, residual.total
+            x, residual = residual.total, None
         fused = self._gemm.norm_linear(x, gemm.Norm(norm_weight, eps, residual), weight)
         if fused:
             return fused
         hidden, residual = self._add_norm(x, residual, norm_weight, eps)
-        return self._gemm.linear(hidden, weight, before_attention=True), residual
+        return self._gemm.linear(hidden, weight, fused=True), residual
 
     def add_norm_swiglu(
-        self, x: Array, residual: Array | None, norm_weight: Array, eps: float, gate_up: Weight
+        self, x: Array, residual: Residual | None, norm_weight: Array, eps: float, gate_up: Weight
     ) -> tuple[Array, Array]:
+        if isinstance(residual, AddedResidual):
+            if (y := self._gemm.scaled(x, residual, eps, gate_up, swiglu=True)) is not None:
+                return y, residual.total
+            x, residual = residual.total, None
         norm = gemm.Norm(norm_weight, eps, residual)
         if fused := self._gemm.norm_linear(x, norm, gate_up, swiglu=True):
             return fused
         hidden, residual = self._add_norm(x, residual, norm_weight, eps)
         gated = self._gemm.swiglu(hidden, gate_up)
         return self.silu_and_mul(self.linear(hidden, gate_up)) if gated is None else gated, residual
+
+    def linear_before_norm(
+        self, x: Array, weight: Weight, residual: Array, norm_weight: Array | None
+    ) -> tuple[Array, Residual]:
+        fused = None if norm_weight is None else self._gemm.linear_add(x, weight, residual, norm_weight)
+        return fused or super().linear_before_norm(x, weight, residual, norm_weight)
 
     # ---- attention ----------------------------------------------------------------------------------------
 

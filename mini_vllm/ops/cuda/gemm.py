@@ -18,6 +18,7 @@ from mini_vllm.ops.cuda import fused_gemv, gemm_sm90
 from mini_vllm.ops.cuda.cublaslt import VECTOR_BYTES, CublasLt
 from mini_vllm.ops.cuda.device import DeviceInfo
 from mini_vllm.ops.cuda.fused_gemv import Norm
+from mini_vllm.ops.cuda.gemm_sm90 import AddedResidual
 from mini_vllm.ops.cuda.kernel import DTYPES, Kernel, type_name
 from mini_vllm.ops.weight import DenseWeight
 
@@ -43,6 +44,8 @@ MANY_OUTPUTS = GemvTile(1, 8, 2)
 GEMV_TILES = (FEW_OUTPUTS, LONG_ROWS, SHORT_ROWS, MANY_OUTPUTS)
 
 MAX_GEMV_ROWS = 16  # of gemv_mma
+MAX_ADDING_WEIGHT = 8 << 20
+"""Elements of a weight up to which a product adds the residual and begins the norm; gemm_sm90.cu's card says why."""
 _GEMV_THREADS = 256
 
 
@@ -143,14 +146,14 @@ class Gemm:
         self._info = info or DeviceInfo.of()
         self._lt = CublasLt(self._info)
 
-    def linear(self, x: Array, weight: DenseWeight, before_attention: bool = False) -> Array:
-        """x [T, in] W^T + b in x's data type: [T, out].
+    def linear(self, x: Array, weight: DenseWeight, fused: bool = False) -> Array:
+        """x [T, in] W^T + b in x's data type: [T, out]. fused: see `gemm_sm90.gemm`.
 
         Raises:
             ValueError: shapes or data types that do not belong together.
             CublasError, LaunchError: what the library or the driver says.
         """
-        return self._multiply(x, weight, x.dtype, before_attention)
+        return self._multiply(x, weight, x.dtype, fused)
 
     def logits(self, x: Array, weight: DenseWeight) -> Array:
         """`linear` with a float32 result."""
@@ -169,12 +172,34 @@ class Gemm:
         _check_operands(x, gate_up.weight, gate_up.bias)
         return gemm_sm90.gemm(x, gate_up.weight, gate_up.bias, self._info, swiglu=True)
 
-    def _multiply(self, x: Array, weight: DenseWeight, out_dtype: np.dtype, early: bool = False) -> Array:
+    def linear_add(
+        self, x: Array, weight: DenseWeight, residual: Array, norm_weight: Array
+    ) -> tuple[Array, AddedResidual] | None:
+        """`Ops.linear_before_norm` with the sum made and the norm begun; None where that cannot be, or does not pay."""
         w, bias = weight.weight, weight.bias
         _check_operands(x, w, bias)
-        if fused := fused_gemv.fused_gemv(x, w, bias, out_dtype, self._info):
-            return fused[0]
-        if out_dtype == x.dtype and (y := gemm_sm90.gemm(x, w, bias, self._info, early=early)) is not None:
+        _check_norm(residual, Norm(norm_weight, 0.0, None))
+        if residual.shape != (len(x), len(w)) or residual.dtype != x.dtype:
+            raise ValueError(f"residual {residual.dtype}{residual.shape} does not fit x {x.shape}, weight {w.shape}")
+        # With fewer rows the product behind does all of the norm; beside large weights, a norm of its own costs nothing.
+        if len(x) <= fused_gemv.MAX_ROWS or w.size > MAX_ADDING_WEIGHT:
+            return None
+        return gemm_sm90.gemm_add(x, w, bias, residual, norm_weight, self._info)
+
+    def scaled(
+        self, x: Array, residual: AddedResidual, eps: float, weight: DenseWeight, swiglu: bool = False
+    ) -> Array | None:
+        """`linear` or `swiglu` of the norm that `linear_add` has begun; None where that cannot be."""
+        w, bias = weight.weight, weight.bias
+        _check_operands(x, w, bias)
+        return gemm_sm90.gemm(x, w, bias, self._info, swiglu, fused=True, squares=residual.squares, eps=eps)
+
+    def _multiply(self, x: Array, weight: DenseWeight, out_dtype: np.dtype, fused: bool = False) -> Array:
+        w, bias = weight.weight, weight.bias
+        _check_operands(x, w, bias)
+        if result := fused_gemv.fused_gemv(x, w, bias, out_dtype, self._info):
+            return result[0]
+        if out_dtype == x.dtype and (y := gemm_sm90.gemm(x, w, bias, self._info, fused=fused)) is not None:
             return y
         y = cupy.empty((len(x), len(w)), out_dtype)
         if y.size == 0:

@@ -29,8 +29,9 @@ _SM_SHARED_MEMORY = 228 << 10  # of a multiprocessor
 
 FEW_ROWS, MAX_ROWS = 64, 256
 """Up to which the kernel is always the faster one, and up to which it may be."""
-MOST_STEPS, MOST_STEPS_FUSED = 12, 64
-"""With more rows, up to so many steps of 64 columns; the second where the kernel saves the next one some time."""
+MOST_STEPS, MOST_STEPS_ADDING, MOST_STEPS_FUSED = 12, 24, 64
+"""With more rows, up to so many steps of 64 columns: of products alone, of those that add the residual and begin the
+norm, and of those that save the next kernel some time."""
 
 
 @dataclass(frozen=True)
@@ -115,42 +116,89 @@ def _weight_map(address: int, rows: int, columns: int, sharers: int) -> TensorMa
     return TensorMap(address, rows, columns, min(_HALF_OUTPUTS, _OUTPUTS // sharers))
 
 
-def plan_for(num_rows: int, out_features: int, in_features: int, info: DeviceInfo, fused: bool = False) -> Plan | None:
-    """How to multiply 16-bit operands of these sizes, which lie at multiples of 16 bytes; None: not by this kernel.
-
-    fused: the kernel saves the next one some time.
-    """
+def plan_for(
+    num_rows: int, out_features: int, in_features: int, info: DeviceInfo, most_steps: int = MOST_STEPS
+) -> Plan | None:
+    """How to multiply 16-bit operands of these sizes, which lie at multiples of 16 bytes; None: not by this kernel."""
     if info.compute_capability != HOPPER or not 0 < num_rows <= MAX_ROWS or in_features % 8 or out_features % 8:
         return None
     cut, steps = plan(num_rows, out_features, in_features, info.num_sms, info.max_shared_memory)
-    return cut if num_rows <= FEW_ROWS or steps <= (MOST_STEPS_FUSED if fused else MOST_STEPS) else None
+    return cut if num_rows <= FEW_ROWS or steps <= most_steps else None
+
+
+@dataclass(frozen=True)
+class AddedResidual:
+    """A residual stream t [T, H] that the product in front of a norm has added up. With it comes t * norm_weight.
+
+    squares: [T, ceil(H / 128)] float32, the sums of squares of each 128 elements of a row.
+    """
+
+    total: Array
+    squares: Array
+
+    @classmethod
+    def empty_like(cls, total: Array) -> AddedResidual:
+        return cls(cupy.empty_like(total), cupy.empty((len(total), -(-total.shape[1] // _OUTPUTS)), np.float32))
 
 
 def gemm(
-    x: Array, weight: Array, bias: Array | None, info: DeviceInfo, swiglu: bool = False, early: bool = False
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    info: DeviceInfo,
+    swiglu: bool = False,
+    fused: bool = False,
+    squares: Array | None = None,
+    eps: float = 0.0,
 ) -> Array | None:
     """x [T, in] weight [out, in]^T + bias in x's data type; with `swiglu`, silu(first half of it) times the second.
 
-    early: the kernel behind gains from starting before this one has ended, as attention does.
+    fused: it saves the next kernel some time, as attention, which gains from starting before this one has ended.
+    squares: those of an `AddedResidual` t, where x is t * norm_weight: the product is that of t's RMSNorm with `eps`.
     None where the kernel does not serve: other types and GPUs, many rows, rows that are not whole vectors.
     """
-    (num_rows, in_features), out_features = x.shape, len(weight)
-    num_outputs = out_features // 2 if swiglu else out_features
-    addresses = x.data.ptr | weight.data.ptr | (0 if bias is None else bias.data.ptr)
-    if x.itemsize != 2 or addresses % 16 or num_outputs % 8:
-        return None
-    cut = plan_for(num_rows, out_features, in_features, info, swiglu or early)
+    cut = _cut(x, weight, bias, info, MOST_STEPS_FUSED if swiglu or fused else MOST_STEPS, 16 if swiglu else 8)
     if cut is None:
         return None
-    y = cupy.empty((num_rows, num_outputs), x.dtype)
-    tiles = -(-num_outputs // (_HALF_OUTPUTS if swiglu else _OUTPUTS))
+    y = cupy.empty((len(x), len(weight) // 2 if swiglu else len(weight)), x.dtype)
+    added = () if swiglu else (None,) * 4
+    _launch("gemm_swiglu_sm90" if swiglu else "gemm_sm90", cut, y, x, weight, (bias, squares, np.float32(eps), *added))
+    return y
+
+
+def gemm_add(
+    x: Array, weight: Array, bias: Array | None, residual: Array, norm_weight: Array, info: DeviceInfo
+) -> tuple[Array, AddedResidual] | None:
+    """(t * norm_weight, t) with t = x weight^T + bias + residual, where the RMSNorm of t is what is wanted.
+
+    Only for bfloat16: without the norm's factor, the product might be beyond float16's range.
+    """
+    cut = _cut(x, weight, bias, info, MOST_STEPS_ADDING, 8)
+    if cut is None or type_name(x.dtype) != "bf16" or (residual.data.ptr | norm_weight.data.ptr) % 16:
+        return None
+    y, added = cupy.empty_like(residual), AddedResidual.empty_like(residual)
+    adds = residual, added.total, norm_weight, added.squares
+    _launch("gemm_sm90", cut, y, x, weight, (bias, None, np.float32(0), *adds))
+    return y, added
+
+
+def _cut(
+    x: Array, weight: Array, bias: Array | None, info: DeviceInfo, most_steps: int, output_multiple: int
+) -> Plan | None:
+    addresses = x.data.ptr | weight.data.ptr | (0 if bias is None else bias.data.ptr)
+    if x.itemsize != 2 or addresses % 16 or len(weight) % output_multiple:
+        return None
+    return plan_for(len(x), *weight.shape, info, most_steps)
+
+
+def _launch(name: str, cut: Plan, y: Array, x: Array, weight: Array, more: tuple) -> None:
+    num_rows, num_outputs = y.shape
+    tiles = -(-num_outputs // (_HALF_OUTPUTS if name == "gemm_swiglu_sm90" else _OUTPUTS))
     maps = TensorMap(x.data.ptr, *x.shape, cut.rows), _weight_map(weight.data.ptr, *weight.shape, cut.sharers)
-    sizes = map(np.int32, (num_rows, out_features, in_features, cut.stages))
-    _kernel("gemm_swiglu_sm90" if swiglu else "gemm_sm90", x.dtype, cut.rows)(
+    _kernel(name, x.dtype, cut.rows)(
         (tiles * cut.split, -(-num_rows // (cut.rows * cut.sharers)) * cut.sharers),
         (_THREADS,),
-        (y, *maps, bias, *sizes),
+        (y, *maps, *more, *map(np.int32, (num_rows, *weight.shape, cut.stages))),
         cut.shared_memory,
         cluster=(cut.split, cut.sharers),
     )
-    return y

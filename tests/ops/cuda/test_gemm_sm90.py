@@ -46,16 +46,17 @@ class Case:
         self.x = random((rows, in_features), dtype, seed + 1)
         self.weight = random((out_features, in_features), dtype, seed + 2, scale=in_features**-0.5)
         self.bias = random(out_features, dtype, seed + 3) if bias else None
+        self.factors = np.ones((1, 1))  # [rows, 1], by which products are scaled
 
     def on_device(self):
         return [None if a is None else cupy.asarray(a) for a in (self.x, self.weight, self.bias)]
 
     def product(self) -> tuple[np.ndarray, np.ndarray]:
         x, weight = self.x.astype(np.float64), self.weight.astype(np.float64).T
-        expected, magnitude = x @ weight, np.abs(x) @ np.abs(weight)
+        expected, magnitude = x @ weight * self.factors, np.abs(x) @ np.abs(weight) * self.factors
         if self.bias is not None:
             expected, magnitude = expected + self.bias, magnitude + np.abs(self.bias.astype(np.float64))
-        bound = (len(weight) + 1) * EPS32 * magnitude
+        bound = (len(weight) + 4) * EPS32 * magnitude
         return expected, bound + EPS[self.x.dtype] * np.abs(expected) + 2.0**-24
 
     def swiglu(self) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +88,7 @@ SHAPES = [
 @pytest.mark.parametrize("bias", [False, True])
 def test_product(dtype, info, rows, shape, bias):
     case = Case(rows, *shape, dtype, bias=bias)
-    assert_within(gemm_sm90.gemm(*case.on_device(), info, early=True), *case.product())
+    assert_within(gemm_sm90.gemm(*case.on_device(), info, fused=True), *case.product())
 
 
 @pytest.mark.gpu
@@ -157,6 +158,90 @@ def test_where_it_does_not_serve(info):
     assert gemm_sm90.gemm(x, weight, None, ampere) is None
 
 
+# ---- with a norm between two products -----------------------------------------------------------------------------
+
+NORM_SHAPES = [(1024, 2048), (1024, 3072), (136, 64), (8, 1000), (4096, 512)]
+
+
+def sums_of_squares(total: np.ndarray) -> np.ndarray:
+    padded = np.pad(total.astype(np.float64), ((0, 0), (0, -total.shape[1] % 128)))
+    return (padded.reshape(len(total), -1, 128) ** 2).sum(-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_product_that_adds_the_residual(info, rows, shape, bias):
+    case = Case(rows, *shape, BFLOAT16, bias=bias)
+    residual, norm_weight = random((rows, shape[0]), BFLOAT16, 7), random(shape[0], BFLOAT16, 8)
+    y, added = gemm_sm90.gemm_add(*case.on_device(), cupy.asarray(residual), cupy.asarray(norm_weight), info)
+    product, bound = case.product()
+    expected = product + residual.astype(np.float64)
+    assert_within(added.total, expected, bound + EPS[BFLOAT16] * (np.abs(expected) + bound))
+    total = cupy.asnumpy(added.total)
+    scaled = (total.astype(np.float32) * norm_weight.astype(np.float32)).astype(BFLOAT16)
+    assert cupy.asnumpy(y).tobytes() == scaled.tobytes()
+    squares = sums_of_squares(total)
+    assert_within(added.squares, squares, 128 * EPS32 * squares + 2.0**-126)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", [(4096, 1024), (6144, 1024), (144, 64), (1008, 520)], ids=str)
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_product_of_rows_that_are_scaled(info, rows, shape, swiglu):
+    case = Case(rows, *shape, BFLOAT16, bias=True)
+    case.x *= np.asarray(3, BFLOAT16)
+    total = random((rows, shape[1]), BFLOAT16, 11, scale=5)
+    squares = cupy.asarray(sums_of_squares(total).astype(np.float32))
+    y = gemm_sm90.gemm(*case.on_device(), info, swiglu, fused=True, squares=squares, eps=NORM_EPS)
+    factors = 1 / np.sqrt((total.astype(np.float64) ** 2).mean(-1, keepdims=True) + NORM_EPS)
+    case.factors = factors
+    assert_within(y, *(case.swiglu() if swiglu else case.product()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [4, 5, 40, 100, 256, 257])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_ops_with_a_norm_between_them(dtype, rows, swiglu):
+    """Whichever way they go, on whatever GPU, they are the composition that `Ops` says they are."""
+    ops = CudaOps(dtype)
+    first, second = Case(rows, 1024, 2048, dtype), Case(1, 4096, 1024, dtype, seed=5)
+    weights = [DenseWeight(cupy.asarray(case.weight)) for case in (first, second)]
+    x, residual, norm_weight = (
+        cupy.asarray(random(shape, dtype, seed)) for seed, shape in enumerate([(rows, 2048), (rows, 1024), (1024,)])
+    )
+    behind = ops.add_norm_swiglu if swiglu else ops.add_norm_linear
+    state = ops.linear_before_norm(x, weights[0], residual.copy(), norm_weight)
+    y, total = behind(*state, norm_weight, NORM_EPS, weights[1])
+
+    apart = ops.linear(x, weights[0]), residual.copy()
+    expected, expected_total = behind(*apart, norm_weight, NORM_EPS, weights[1])
+    totals = total.astype(np.float64), expected_total.astype(np.float64)
+    cupy.testing.assert_allclose(*totals, EPS[dtype], 8 * EPS[dtype])
+    normed = np.abs(cupy.asnumpy(ops.rms_norm(expected_total, norm_weight, NORM_EPS)).astype(np.float64))
+    off = 2 * EPS[dtype] * (normed @ np.abs(second.weight.astype(np.float64)).T)  # of what is not rounded alike
+    expected = cupy.asnumpy(expected).astype(np.float64)
+    if swiglu:
+        apart = ops.linear(x, weights[0]), residual.copy()  # the ones before may have been written over
+        y_apart, _ = ops.add_norm_linear(*apart, norm_weight, NORM_EPS, weights[1])
+        gate, up = np.split(np.abs(cupy.asnumpy(y_apart).astype(np.float64)), 2, axis=1)
+        gate_off, up_off = np.split(off, 2, axis=1)
+        off = 1.1 * gate_off * (up + up_off) + gate * up_off
+    assert_within(y, expected, off + 2 * EPS[dtype] * np.abs(expected) + 2.0**-24)
+
+
+@pytest.mark.gpu
+def test_residuals_that_do_not_fit_are_refused():
+    ops = CudaOps(BFLOAT16)
+    x, weight = cupy.zeros((20, 64), BFLOAT16), DenseWeight(cupy.zeros((16, 64), BFLOAT16))
+    with pytest.raises(ValueError, match=r"residual bfloat16\(19, 16\) does not fit x \(20, 64\), weight \(16, 64\)"):
+        ops.linear_before_norm(x, weight, cupy.zeros((19, 16), BFLOAT16), cupy.ones(16, BFLOAT16))
+    with pytest.raises(ValueError, match=r"norm weight \(15,\)"):
+        ops.linear_before_norm(x, weight, cupy.zeros((20, 16), BFLOAT16), cupy.ones(15, BFLOAT16))
+
+
 # ---- in a chain ---------------------------------------------------------------------------------------------------
 
 
@@ -170,9 +255,9 @@ def test_early_launches_wait_for_their_predecessors(dtype, info, rows, monkeypat
 
     def chain() -> bytes:
         x, residual = (cupy.asarray(random((rows, 1024), dtype, seed)) for seed in (1, 2))
-        for _ in range(30):
+        for i in range(30):
             gated, residual = ops.add_norm_swiglu(x, residual, norm, NORM_EPS, weights[0])
-            x = ops.linear(gated, weights[1])
+            x, residual = ops.linear_before_norm(gated, weights[1], residual, None if i == 29 else norm)
         return x.tobytes() + residual.tobytes()
 
     overlapped = chain()
@@ -229,15 +314,18 @@ def test_who_multiplies():
     """Few rows by this kernel; more of them where it ends soon, or spares another one something."""
     hopper = DeviceInfo(0, "H200", gemm_sm90.HOPPER, 132, 141 << 30, 50 << 20, 1024, 48 << 10, 227 << 10, 13000)
 
-    def serves(rows, shape, fused=False):
-        return gemm_sm90.plan_for(rows, *shape, hopper, fused) is not None
+    def serves(rows, shape, most_steps=gemm_sm90.MOST_STEPS):
+        return gemm_sm90.plan_for(rows, *shape, hopper, most_steps) is not None
 
+    adding, fused = gemm_sm90.MOST_STEPS_ADDING, gemm_sm90.MOST_STEPS_FUSED
     assert serves(64, (4096, 12288))
-    assert not serves(96, (4096, 12288), fused=True)
+    assert not serves(96, (4096, 12288), fused)
     assert serves(192, (1024, 2048))
     assert not serves(256, (1024, 2048))
-    assert serves(256, (1024, 2048), fused=True)
-    assert not serves(257, (1024, 2048), fused=True)
+    assert serves(256, (1024, 3072), adding)
+    assert not serves(96, (4096, 4096), adding)
+    assert serves(96, (4096, 4096), fused)
+    assert not serves(257, (1024, 2048), fused)
     assert not serves(0, (1024, 2048))
     assert not serves(16, (1024, 2044))
     assert gemm_sm90.plan_for(16, 1024, 2048, replace(hopper, compute_capability=(8, 0))) is None
