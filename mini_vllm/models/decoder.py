@@ -32,7 +32,8 @@ class Attention:
         self,
         ops: Ops,
         config: ModelConfig,
-        norms: tuple[Array, Array],
+        norm: Array,
+        next_norm: Array,
         hidden: Array,
         residual: Residual | None,
         positions: Array,
@@ -42,7 +43,6 @@ class Attention:
         meta: AttentionMetadata,
     ) -> tuple[Array, Residual]:
         eps, scale = config.rms_norm_eps, config.head_dim**-0.5
-        norm, next_norm = norms
         qkv, residual = ops.add_norm_linear(hidden, residual, norm, eps, self.qkv_proj)
         out = ops.rope_attention(
             qkv, positions, rope, self.q_norm, self.k_norm, eps, keys, values, meta, scale, self.window
@@ -59,11 +59,11 @@ class MLP:
         self,
         ops: Ops,
         config: ModelConfig,
-        norms: tuple[Array, Array | None],
+        norm: Array,
+        next_norm: Array | None,
         hidden: Array,
         residual: Residual,
     ) -> tuple[Array, Residual]:
-        norm, next_norm = norms
         gated, residual = ops.add_norm_swiglu(hidden, residual, norm, config.rms_norm_eps, self.gate_up_proj)
         return ops.linear_before_norm(gated, self.down_proj, residual, next_norm)
 
@@ -102,10 +102,10 @@ class CausalLM:
         hidden, residual = ops.embedding(input_ids, self.embed_tokens, previous), None
         next_norms = [*(layer.input_norm for layer in self.layers[1:]), None]  # no product follows the last one
         for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            norms = layer.input_norm, layer.post_attention_norm, next_norm
+            norm, middle_norm = layer.input_norm, layer.post_attention_norm
             state = positions, self.rope, kv.keys[i], kv.values[i], meta
-            hidden, residual = layer.attention.forward(ops, self.config, norms[:2], hidden, residual, *state)
-            hidden, residual = layer.mlp.forward(ops, self.config, norms[1:], hidden, residual)
+            hidden, residual = layer.attention.forward(ops, self.config, norm, middle_norm, hidden, residual, *state)
+            hidden, residual = layer.mlp.forward(ops, self.config, middle_norm, next_norm, hidden, residual)
         return ops.add_rms_norm(hidden, residual, self.norm, self.config.rms_norm_eps)[0]
 
     @property
