@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mini_vllm.bench.gpu_monitor import gpu_monitor
 from mini_vllm.bench.report import (
     PERCENTILES,
     Metric,
@@ -53,10 +54,11 @@ def measure_latency(
         for _ in tqdm(range(num_iters_warmup), desc="Warmup iterations", disable=None):
             generate(engine, workload, params)
         before = engine.stats()
-        runs = [
-            generate(engine, workload, params) for _ in tqdm(range(num_iters), desc="Bench iterations", disable=None)
-        ]
+        with gpu_monitor(engine.runner.ops.device) as gpu:
+            iterations = tqdm(range(num_iters), desc="Bench iterations", disable=None)
+            runs = [generate(engine, workload, params) for _ in iterations]
         report = latency_report(workload, runs, engine_state(engine, before))
+        report.details["gpu"] = gpu
         report.workload |= {"temperature": temperature, "detokenize": detokenize and engine.tokenizer is not None}
         report.details["decode_step_bytes"] = decode_step_bytes(engine, batch_size, input_len + output_len / 2)
         return report, trace(engine, workload, params) if traced else None

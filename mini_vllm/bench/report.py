@@ -22,6 +22,7 @@ import numpy as np
 
 from mini_vllm import __version__
 from mini_vllm.bench.files import read_json, write_json
+from mini_vllm.bench.gpu_monitor import gpu_line
 from mini_vllm.bench.runner import Run
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
@@ -273,6 +274,8 @@ def engine_lines(report: Report) -> Iterator[str]:
         hits, queries = kv["prefix_cache_hits"], kv["prefix_cache_queries"]
         yield f"Prefix cache: {hits} of {queries} prompt tokens found ({hits / queries:.0%})"
     yield f"Peak memory: {memory['bytes'] / 2**30:.2f} GiB ({memory['of']})"
+    if report.details.get("gpu"):
+        yield gpu_line(report.details["gpu"])
     yield from report.notes
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mini_vllm.bench.gpu_monitor import gpu_monitor
 from mini_vllm.bench.latency import decode_step_seconds
 from mini_vllm.bench.presets import preset_arguments
 from mini_vllm.bench.report import Metric, Report
@@ -163,7 +164,10 @@ def _measure_rows(report: Report, arguments: dict[str, Any], rows: list[Row], pr
             progress.set_postfix_str(row.name)
             try:
                 engine.reset_prefix_cache()
-                add_row(report, row.name, row.measure(engine), row.vllm, row.nano_vllm)
+                with gpu_monitor(engine.runner.ops.device) as gpu:
+                    measured = row.measure(engine)
+                add_row(report, row.name, measured, row.vllm, row.nano_vllm)
+                report.details["rows"][row.name]["gpu"] = gpu
             except Exception as error:  # the other rows are worth having; the suite says that it failed
                 failures[row.name] = f"{type(error).__name__}: {error}"
             progress.update()
@@ -264,15 +268,16 @@ def compare_tokens(actual: list[list[int]], expected: list[list[int]]) -> None:
 
 
 def suite_lines(report: Report) -> Iterator[str]:
-    """The check, the roofs and a line for each row; "times": how much faster than the peer."""
+    """The check, the roofs and a line for each row."""
     details = report.details
     yield f"Check: {details['check']}."
     if details["roofs"]:
         roofs = details["roofs"]
         yield f"Roofs: reading {roofs['bandwidth_gb_per_s']:.0f} GB/s, matmul {roofs['matmul_tflop_per_s']:.0f} TFLOP/s"
-    yield f"Others' figures: {details['peers']}. times: how much faster we are; of limit: share of the bandwidth limit."
-    heads = ("ours", "unit", "spread", "vLLM", "times", "nano-vllm", "times", "of limit")
-    widths = (11, 9, 8, 11, 7, 11, 7, 10)
+    yield f"Others' figures: {details['peers']}. times: how much faster we are; of limit: share of the bandwidth limit;"
+    yield "MHz and W: the GPU's clock and power meanwhile, medians."
+    heads = ("ours", "unit", "spread", "vLLM", "times", "nano-vllm", "times", "of limit", "MHz", "W")
+    widths = (11, 9, 8, 11, 7, 11, 7, 10, 7, 6)
     yield f"{'':<30}" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True))
     for name, metric in report.metrics.items():
         row = details["rows"][name]
@@ -281,6 +286,8 @@ def suite_lines(report: Report) -> Iterator[str]:
             cells += [_figure(row[peer]), f"{row[f'times_{peer}']:.2f}" if row[peer] is not None else "-"]
         share = row.get("share_of_bandwidth_limit")
         cells.append("-" if share is None else f"{share:.0%}")
+        gpu = row.get("gpu", {})
+        cells += [f"{gpu[name]:.0f}" if name in gpu else "-" for name in ("sm_clock_mhz", "power_w")]
         yield f"{name:<30}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
     for name, error in details["failures"].items():
         yield f"{name:<30} FAILED: {error}"

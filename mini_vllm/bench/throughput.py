@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mini_vllm.bench.gpu_monitor import gpu_monitor
 from mini_vllm.bench.report import (
     Metric,
     Report,
@@ -80,8 +81,10 @@ def measure_throughput(
         for _ in range(num_warmups):
             warm_up(engine, workload)
         before = engine.stats()
-        run = load.run(engine, workload, params)
+        with gpu_monitor(engine.runner.ops.device) as gpu:
+            run = load.run(engine, workload, params)
         report = throughput_report(workload, [run], engine_state(engine, before))
+        report.details["gpu"] = gpu
         report.workload |= {
             "temperature": temperature,
             "detokenize": detokenize and engine.tokenizer is not None,
@@ -170,10 +173,12 @@ def nano_report(engine: LLMEngine, num_iters: int, **smaller: int) -> Report:
     params = workload.sampling_params(NANO_TEMPERATURE)
     warm_up(engine, workload)
     before, runs = engine.stats(), []
-    for _ in tqdm(range(num_iters), desc="nano workload", disable=None):
-        engine.reset_prefix_cache()
-        runs.append(generate(engine, workload, params))
+    with gpu_monitor(engine.runner.ops.device) as gpu:
+        for _ in tqdm(range(num_iters), desc="nano workload", disable=None):
+            engine.reset_prefix_cache()
+            runs.append(generate(engine, workload, params))
     report = throughput_report(workload, runs, engine_state(engine, before))
+    report.details["gpu"] = gpu
     report.benchmark = "nano"
     report.workload["temperature"] = NANO_TEMPERATURE
     if not workload.description["exact"]:
