@@ -81,7 +81,8 @@ def _memory_of_step(model: CausalLM, config: EngineConfig, num_tokens: int) -> S
         state.apply(plan)
         host = build_model_input(plan, state)
         inp, attn = map_arrays(host, ops.to_device), map_arrays(host.attn, ops.to_device)
-        hidden = model.forward(inp.input_ids, inp.positions, attn, kv)
+        last = None if host.last is None else map_arrays(host.last, ops.to_device)
+        hidden = model.forward(inp.input_ids, inp.positions, attn, kv, last=last)
         reserved_by_model = allocator.get_reserved() - reserved
         hidden = ops.embedding(inp.logits_indices, hidden)
         batch = build_sampling_batch(plan.scheduled, state)

@@ -30,7 +30,7 @@ from mini_vllm.engine.padding import (
     prompt_columns,
     prompt_values,
 )
-from mini_vllm.models.decoder import CausalLM
+from mini_vllm.models.decoder import CausalLM, LastTokens
 from mini_vllm.models.kv_cache import KVCache
 from mini_vllm.ops.base import Array, AttentionMetadata, SamplingBatch
 from mini_vllm.ops.cuda.cuda_ops import CudaOps
@@ -40,19 +40,25 @@ from mini_vllm.ops.cuda.graph import CapturedGraph
 
 @dataclass(frozen=True)
 class GraphContext:
-    """What the graphs of both runners work with. drawn: the tokens of the newest step; block_tables: static ones."""
+    """What the graphs of both runners work with.
+
+    drawn: the tokens of the newest step; block_tables: static ones; one_token_each: 0, 1, 2, ... to their number.
+    """
 
     model: CausalLM
     kv: KVCache
     ops: CudaOps
     drawn: Array
     block_tables: GPUBuffer
+    one_token_each: Array
     max_model_len: int
 
-    def forward(self, column: Mapping[str, Array], size: int, meta: AttentionMetadata) -> Array:
-        """Run the model on static columns, padded to `size` tokens: the hidden states of all of them."""
+    def forward(
+        self, column: Mapping[str, Array], size: int, meta: AttentionMetadata, last: LastTokens | None = None
+    ) -> Array:
+        """Run the model on static columns, padded to `size` tokens: the hidden states of all of them, or of `last`."""
         ids, positions = column["input_ids"][:size], column["positions"][:size]
-        return self.model.forward(ids, positions, meta, self.kv, self.drawn)
+        return self.model.forward(ids, positions, meta, self.kv, self.drawn, last)
 
 
 class DecodeGraphRunner:
@@ -62,7 +68,6 @@ class DecodeGraphRunner:
         self._context, ops, model = context, context.ops, context.model
         self._sizes = padded_sizes(DECODE_SIZES, max_num_seqs)
         self._inputs = StaticInputs(decode_columns(max_num_seqs), context.block_tables)
-        self._cu_seqlens_q = ops.to_device(np.arange(max_num_seqs + 1, dtype=np.int32))
         self._allocator = GraphAllocator()
         ops.tune(self._sizes, model.projections, model.lm_head)
         self._graphs = {  # the largest first: the smaller ones then reuse its memory
@@ -78,7 +83,7 @@ class DecodeGraphRunner:
         column = self._inputs.columns
         meta = AttentionMetadata(
             slot_mapping=column["slot_mapping"][:size],
-            cu_seqlens_q=self._cu_seqlens_q[: size + 1],
+            cu_seqlens_q=self._context.one_token_each[: size + 1],
             seq_lens=column["seq_lens"][:size],
             block_tables=self._inputs.block_tables[:size],
             max_seqlen_q=1,
@@ -116,7 +121,7 @@ class PromptGraphRunner:
         self._sizes = padded_sizes(PROMPT_SIZES, max_num_tokens)
         self._inputs = StaticInputs(prompt_columns(max_num_tokens, max_num_seqs), context.block_tables)
         # All graphs leave their result here: none keeps memory of its own, and so they all fit into the same.
-        self._hidden = ops.zeros((max_num_tokens, model.config.hidden_size), ops.dtype)
+        self._hidden = ops.zeros((max_num_seqs, model.config.hidden_size), ops.dtype)
         self._allocator = GraphAllocator()
         self._graphs: dict[int, CapturedGraph] = {}
         with self._allocator.use():  # a step of padding only, to take that memory as long as there is some
@@ -134,13 +139,16 @@ class PromptGraphRunner:
         """Run the model on the static buffers, padded to `size` tokens, and leave the hidden states in `_hidden`."""
         column = self._inputs.columns
         meta = padded_attention(column, self._inputs.block_tables, size, self._context.max_model_len)
-        hidden = self._context.forward(column, size, meta)
+        num_seqs = len(meta.seq_lens)
+        last = LastTokens(column["last_rows"][:num_seqs], self._context.one_token_each[: num_seqs + 1])
+        hidden = self._context.forward(column, size, meta, last)
         self._hidden.data.copy_from_device_async(hidden.data, hidden.nbytes)
 
     def forward(self, host: ModelInput) -> Array:
-        """Run the model on a step given as host arrays. Returns its hidden states [T, H], valid until the next step.
+        """Run the model on a step with `last`, given as host arrays. Returns their hidden states [B, H].
 
-        The step before may still run, the one before that must have been waited for.
+        Those are valid until the next step. The step before may still run, the one before that must have been waited
+        for.
         """
         num_tokens = len(host.input_ids)
         size = padded_size(self._sizes, num_tokens)
@@ -149,7 +157,7 @@ class PromptGraphRunner:
             self._graphs[size].replay()
         else:  # what is captured is run, too
             self._graphs[size] = CapturedGraph(lambda: self._forward(size), self._allocator)
-        return self._hidden[:num_tokens]
+        return self._hidden[: len(host.last.rows)]
 
 
 class StaticInputs:

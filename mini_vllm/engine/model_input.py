@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mini_vllm.engine.batch_state import BatchState
+from mini_vllm.models.decoder import LastTokens
 from mini_vllm.ops.base import Array, AttentionMetadata
 from mini_vllm.scheduling.scheduler import ScheduledSequence, SchedulerOutput
 
@@ -18,7 +19,10 @@ class ModelInput:
     input_ids: Array  # [T] int32; -1 - r is the token that the step before drew in row r
     positions: Array  # [T] int32
     attn: AttentionMetadata
-    logits_indices: Array  # [S + P] int32: the last token of each sampling sequence, then the prompt tokens to score
+    last: LastTokens | None  # None: each token is drawn from, or there are prompt tokens to score
+    # [S + P] int32, rows of the hidden states, which are those of `last` if that is given: the last token of each
+    # sampling sequence, then the prompt tokens to score.
+    logits_indices: Array
 
 
 def num_scored_tokens(scheduled: ScheduledSequence) -> int:
@@ -65,14 +69,19 @@ def build_model_input(output: SchedulerOutput, state: BatchState) -> ModelInput:
 
     samples = np.array(samples)
     state.sampled_row[seats[samples]] = np.arange(np.count_nonzero(samples), dtype=np.int32)
-    logits_indices = cu_seqlens_q[1:][samples] - 1
+    last_rows = cu_seqlens_q[1:] - 1
     score_indices = [
         cu_seqlens_q[row] + np.arange(count, dtype=np.int32)
         for row, s in enumerate(scheduled)
         if s.seq.sampling_params.prompt_logprobs is not None and (count := num_scored_tokens(s))
     ]
+    last = None
     if score_indices:
-        logits_indices = np.concatenate([logits_indices, *score_indices], dtype=np.int32)
+        logits_indices = np.concatenate([last_rows[samples], *score_indices], dtype=np.int32)
+    else:  # one row of hidden states for each sequence
+        logits_indices = np.flatnonzero(samples).astype(np.int32)
+        if max_seqlen_q > 1 or not samples.all():
+            last = LastTokens(last_rows, np.arange(len(scheduled) + 1, dtype=np.int32))
     return ModelInput(
         input_ids=input_ids,
         positions=positions,
@@ -84,5 +93,6 @@ def build_model_input(output: SchedulerOutput, state: BatchState) -> ModelInput:
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
         ),
+        last=last,
         logits_indices=logits_indices,
     )

@@ -20,6 +20,7 @@ from mini_vllm.engine.batch_state import BatchState
 from mini_vllm.engine.model_input import ModelInput, build_model_input, num_scored_tokens
 from mini_vllm.engine.padding import max_prompt_tokens
 from mini_vllm.engine.sampler import build_sampling_batch
+from mini_vllm.models.decoder import LastTokens
 from mini_vllm.models.kv_cache import KVCache
 from mini_vllm.models.registry import LOADERS
 from mini_vllm.models.weights import Checkpoint, DummyWeights
@@ -31,7 +32,7 @@ from mini_vllm.tracing import NULL_TRACER, NullTracer, Stopwatch
 logger = logging.getLogger(__name__)
 
 CPU_KV_CACHE_MEMORY = 4 << 30  # bytes; pages of it that no sequence reaches are never touched
-Columns = TypeVar("Columns", AttentionMetadata, SamplingBatch)
+Columns = TypeVar("Columns", AttentionMetadata, LastTokens, SamplingBatch)
 
 SCORED_ROWS = 256  # prompt tokens scored at once: bounds the logits of prompt_logprobs to 256 x vocabulary
 
@@ -104,7 +105,9 @@ class ModelRunner:
             from mini_vllm.engine import graph_runner
 
             tables = graph_runner.static_block_tables(config.max_num_seqs, max_blocks)
-            context = graph_runner.GraphContext(self.model, self.kv, ops, self._drawn, tables, self.max_model_len)
+            one_each = ops.to_device(np.arange(len(tables.data) + 1, dtype=np.int32))
+            static = self._drawn, tables, one_each
+            context = graph_runner.GraphContext(self.model, self.kv, ops, *static, self.max_model_len)
             self._graphs = graph_runner.DecodeGraphRunner(context, config.max_num_seqs)
             self._prompt_graphs = graph_runner.PromptGraphRunner(context, max_prompt_tokens(config))
             watch.lap("graphs")
@@ -144,12 +147,14 @@ class ModelRunner:
     def _forward(self, host: ModelInput) -> Array:
         """Run the model on a step given as host arrays: the hidden states [S + P, H] at its logits_indices."""
         ops = self.ops
-        if self._prompt_graphs is not None and len(host.input_ids) <= self._prompt_graphs.max_num_tokens:
-            hidden = self._prompt_graphs.forward(host)
+        graphs = self._prompt_graphs
+        if graphs is not None and host.last is not None and len(host.input_ids) <= graphs.max_num_tokens:
+            hidden = graphs.forward(host)
         else:
             ids, positions = ops.to_device(host.input_ids), ops.to_device(host.positions)
             drawn = self._drawn if self.runs_ahead else None
-            hidden = self.model.forward(ids, positions, self._to_device(host.attn), self.kv, drawn)
+            last = None if host.last is None else self._to_device(host.last)
+            hidden = self.model.forward(ids, positions, self._to_device(host.attn), self.kv, drawn, last)
         return ops.embedding(ops.to_device(host.logits_indices), hidden)  # a gather of rows is an embedding
 
     def _wait_for_tokens(

@@ -86,17 +86,19 @@ def prompt_columns(max_num_tokens: int, max_num_seqs: int) -> dict[str, Column]:
         "slot_mapping": Column(max_num_tokens, np.int32, -1),
         "cu_seqlens_q": Column(max_num_seqs + 1, np.int32, None),
         "seq_lens": Column(max_num_seqs, np.int32, 0),
+        "last_rows": Column(max_num_seqs, np.int32, 0),
     }
 
 
 def prompt_values(host: ModelInput) -> dict[str, np.ndarray]:
-    """What a step writes into `prompt_columns`."""
+    """What a step writes into `prompt_columns`; it has `last`."""
     return {
         "input_ids": host.input_ids,
         "positions": host.positions,
         "slot_mapping": host.attn.slot_mapping,
         "cu_seqlens_q": host.attn.cu_seqlens_q,
         "seq_lens": host.attn.seq_lens,
+        "last_rows": host.last.rows,
     }
 
 

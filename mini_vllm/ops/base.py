@@ -253,7 +253,8 @@ class Ops(Protocol):
         """Causal attention of q [T, Hq, D] over the paged cache, for any mix of prefill chunks and decodes.
 
         Query head h reads KV head h // (Hq / Hkv). The query at position i sees the keys at positions
-        j <= i, and with a sliding window only those with i - j < window. Returns [T, Hq * D].
+        j <= i, and with a sliding window only those with i - j < window. Returns [T, Hq * D]: zeros for a sequence
+        that has no keys.
         """
         ...
 

@@ -231,9 +231,10 @@ class NumpyOps(Compositions):
             by_query = scores.reshape(*grouped.shape[:4], -1)  # a view: [B, Hkv, heads of a group, L, keys]
             by_query += np.where(hidden, np.float32(-np.inf), np.float32(0))[:, None, None]
 
-        scores -= scores.max(axis=-1, keepdims=True)
+        # Where no key is seen all scores are -inf: finite bounds make that zeros. Other sums are 1 and more.
+        scores -= scores.max(axis=-1, keepdims=True, initial=np.finfo(np.float32).min)
         np.exp(scores, out=scores)
-        out = scores @ v.transpose(0, 2, 1, 3) / scores.sum(axis=-1, keepdims=True)
+        out = scores @ v.transpose(0, 2, 1, 3) / np.maximum(scores.sum(axis=-1, keepdims=True), 1)
         return out.reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
     # ---- sampling -----------------------------------------------------------------------------------------

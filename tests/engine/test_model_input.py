@@ -74,7 +74,14 @@ def test_against_a_loop_over_tokens(plan):
     assert got.input_ids.tolist() == input_ids
     assert got.positions.tolist() == positions
     assert got.attn.slot_mapping.tolist() == slots
-    assert got.logits_indices.tolist() == last_rows + scored_rows
+    wanted = got.logits_indices if got.last is None else got.last.rows[got.logits_indices]
+    assert wanted.tolist() == last_rows + scored_rows
+    if got.last is None:
+        assert scored_rows or len(last_rows) == len(input_ids)
+    else:
+        assert not scored_rows
+        assert got.last.rows.tolist() == (got.attn.cu_seqlens_q[1:] - 1).tolist()
+        assert got.last.cu_seqlens_q.tolist() == list(range(len(output.scheduled) + 1))
     bounds = got.attn.cu_seqlens_q.tolist()
     assert bounds[0] == 0
     assert bounds[-1] == len(input_ids)
@@ -90,7 +97,7 @@ def test_against_a_loop_over_tokens(plan):
     assert got.attn.max_seqlen_q == max(s.num_tokens for s in output.scheduled)
     assert got.attn.max_seqlen_k == longest
 
-    for value in (got, got.attn):
+    for value in (got, got.attn, got.last) if got.last else (got, got.attn):
         for f in fields(value):
             array = getattr(value, f.name)
             if isinstance(array, np.ndarray):

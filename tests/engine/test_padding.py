@@ -32,6 +32,7 @@ from mini_vllm.engine.padding import (
     prompt_columns,
     prompt_values,
 )
+from mini_vllm.models.decoder import LastTokens
 from mini_vllm.ops.numpy_ops import NumpyOps
 
 # ---- sizes --------------------------------------------------------------------------------------------------------
@@ -134,7 +135,8 @@ class PaddedSteps:
     def forward(self, host: ModelInput) -> np.ndarray:
         caches = self.runner.kv.keys + self.runner.kv.values
         before = [cache.copy() for cache in caches]
-        expected = self.model.forward(host.input_ids, host.positions, host.attn, self.runner.kv, self.runner._drawn)
+        kv, drawn = self.runner.kv, self.runner._drawn
+        expected = self.model.forward(host.input_ids, host.positions, host.attn, kv, drawn)[host.last.rows]
         written = [cache.copy() for cache in caches]
         for cache, old in zip(caches, before, strict=True):
             cache[:] = old
@@ -146,14 +148,16 @@ class PaddedSteps:
         self._tables[:rows, :blocks] = attn.block_tables
         meta = padded_attention(self._column, self._tables, size, self.runner.max_model_len)
         ids, positions = self._column["input_ids"][:size], self._column["positions"][:size]
-        hidden = self.model.forward(ids, positions, meta, self.runner.kv, self.runner._drawn)
-        assert hidden.shape == (size, self.model.config.hidden_size)
+        num_seqs = len(meta.seq_lens)
+        last = LastTokens(self._column["last_rows"][:num_seqs], np.arange(num_seqs + 1, dtype=np.int32))
+        hidden = self.model.forward(ids, positions, meta, kv, drawn, last)
+        assert hidden.shape == (num_seqs, self.model.config.hidden_size)
         # The same sums; the BLAS may take them in another order where a matrix has another height.
-        np.testing.assert_allclose(hidden[:count], expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(hidden[: len(expected)], expected, rtol=0, atol=1e-4)
         for cache, reference in zip(caches, written, strict=True):
             np.testing.assert_allclose(cache, reference, rtol=0, atol=1e-4)
         self.seen.append((count, size, int(np.diff(attn.cu_seqlens_q).max())))
-        return hidden[:count]
+        return hidden[: len(expected)]
 
 
 PROMPTS = [
@@ -169,6 +173,7 @@ PARAMS = [
 ]
 WAYS = {
     "roomy": {"max_num_seqs": 16},
+    "cached": {"max_num_seqs": 16, "block_size": 1, "num_kv_blocks": 256},
     "chunked": {"max_num_batched_tokens": 7, "max_num_seqs": 6},
     "one seat": {"max_num_seqs": 1, "max_num_batched_tokens": 40},
     "one token": {"max_num_seqs": 1, "max_num_batched_tokens": 1},
@@ -179,7 +184,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_padded_steps_equal_unpadded_ones(demo_llm, way, ahead):
     """Mixed steps, chunks, steps of one token a sequence, and prompts that the prefix cache holds but for a token."""
-    llm = LLM(device="cpu", num_kv_blocks=64, block_size=4, max_model_len=128, **WAYS[way])
+    llm = LLM(device="cpu", max_model_len=128, **{"num_kv_blocks": 64, "block_size": 4, **WAYS[way]})
     config, runner = llm.llm_engine.config, llm.llm_engine.runner
     runner.runs_ahead = ahead
     runner._prompt_graphs = steps = PaddedSteps(runner, config.max_num_seqs, config.max_num_batched_tokens)
@@ -195,8 +200,9 @@ def test_padded_steps_equal_unpadded_ones(demo_llm, way, ahead):
                     for mine, theirs in zip(got.prompt_logprobs[1:], reference.prompt_logprobs[1:], strict=True):
                         assert list(mine) == list(theirs)
     if way == "roomy":
-        assert any(longest == 1 < count for count, _, longest in steps.seen)
         assert any(longest > 1 for *_, longest in steps.seen)
+    if way == "cached":
+        assert any(longest == 1 < count for count, _, longest in steps.seen), "all prompts but for a token of each"
     assert any(count < size for count, size, _ in steps.seen) == (way != "one token")
 
 
@@ -204,6 +210,8 @@ def test_a_longer_step_is_not_padded(demo_llm):
     llm = LLM(device="cpu", num_kv_blocks=64)
     runner = llm.llm_engine.runner
     runner._prompt_graphs = steps = PaddedSteps(runner, 256, 16)
-    got, expected = (each.generate(PROMPTS[3], PARAMS[0], use_tqdm=False)[0] for each in (llm, demo_llm))
-    assert got.outputs[0].token_ids == expected.outputs[0].token_ids
-    assert {count for count, *_ in steps.seen} == {1}, "the prompt's step has more than 16 tokens"
+    expected = demo_llm.generate(PROMPTS[3], PARAMS[0], use_tqdm=False)[0].outputs[0].token_ids
+    assert llm.generate(PROMPTS[3], PARAMS[0], use_tqdm=False)[0].outputs[0].token_ids == expected
+    assert not steps.seen, "the prompt's step has more than 16 tokens"
+    assert llm.generate(PROMPTS[3], PARAMS[0], use_tqdm=False)[0].outputs[0].token_ids == expected
+    assert steps.seen, "the cache holds most of the prompt"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mini_vllm.config import ModelConfig
-from mini_vllm.models.decoder import CausalLM
+from mini_vllm.models.decoder import CausalLM, LastTokens
 from mini_vllm.models.kv_cache import KVCache
 from mini_vllm.models.rope import rope_table
 from mini_vllm.models.weights import load_decoder
@@ -144,7 +144,13 @@ class Runner:
         )
         ids = np.array([self.prompts[i][p] for i, p in rows], np.int32)
         positions = np.array([p for _, p in rows], np.int32)
-        logits = self.model.logits(self.model.forward(ids, positions, meta, self.kv))
+        hidden = self.model.forward(ids, positions, meta, self.kv)
+        # The last tokens alone: the same, and it is their step's keys and values that later steps read.
+        last = LastTokens(meta.cu_seqlens_q[1:] - 1, np.arange(len(chunks) + 1, dtype=np.int32))
+        of_last = self.model.forward(ids, positions, meta, self.kv, last=last)
+        assert of_last.shape == (len(chunks), self.model.config.hidden_size)
+        np.testing.assert_allclose(of_last, hidden[last.rows], rtol=0, atol=1e-4)
+        logits = self.model.logits(hidden)
         return dict(zip(chunks, np.split(logits, np.cumsum(list(chunks.values()))[:-1]), strict=True))
 
 

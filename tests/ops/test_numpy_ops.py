@@ -285,6 +285,22 @@ def test_attention_of_short_steps(query_lens, seq_lens):
     Paged(query_lens, seq_lens, 16, 2, 1, 8, DTYPES[0]).check(1.0, None)
 
 
+@each_dtype
+def test_attention_without_keys_is_zero(dtype):
+    """As in the padding of a step; beside it, nothing changes."""
+    case = Paged([1, 1, 1], [3, 0, 2], 2, 2, 1, 8, dtype)
+    ops = NumpyOps(dtype)
+    out = ops.attention(case.q, case.k_cache, case.v_cache, case.meta, 1.0)
+    assert not out[1].any()
+    meta = replace(
+        case.meta,
+        cu_seqlens_q=np.arange(3, dtype=np.int32),
+        seq_lens=case.meta.seq_lens[::2],
+        block_tables=case.block_tables[::2],
+    )
+    assert out[::2].tobytes() == ops.attention(case.q[::2].copy(), case.k_cache, case.v_cache, meta, 1.0).tobytes()
+
+
 @pytest.mark.parametrize("tile", [1, 4, 5])
 @pytest.mark.parametrize("window", [None, 3, 6])
 def test_attention_of_long_chunks_in_tiles(tile, window, monkeypatch):
