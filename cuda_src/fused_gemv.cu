@@ -44,8 +44,8 @@
 // 695 instead of 657. Copies throttled to 64 KiB under way 653. A division of L1 and shared memory that neighbouring
 // kernels do not share 679 instead of 643: they then run one after the other. Norm and residual in registers instead
 // of shared memory is not to be had for rows of any length. The copy engine (cp.async.bulk, an mbarrier, one warp that
-// loads), so that copies leave the load and store pipe alone: predicted 350 to 450, measured 694 against 626 in that run
-// (644 with the weights fetched late, so it does not overlap more; the 8B shape 5516 against 4125 for 4 rows).
+// loads), so that copies leave the load and store pipe alone: predicted 350 to 450, measured 694 against 626 in that
+// run (644 with the weights fetched late, so it does not overlap more; the 8B shape 5516 against 4125 for 4 rows).
 #include "mma.cuh"
 
 constexpr int WARPS = 16, THREADS = WARPS * WARP_SIZE;

@@ -6,7 +6,8 @@
 // An RMSNorm between two products needs no kernel of its own. norm(t) W^T = r (t * norm) W^T with one number r for each
 // row, r = 1 / sqrt(mean(t^2) + eps). The product in front, given `residual` [num_rows, out_features], writes `total`
 // t = y + residual as add_rms_norm does, t * norm as its y, and the sums of squares of each 128 elements of t,
-// `total_squares` [num_rows, out_features / 128]. The product behind, given these as `x_squares`, multiplies its sums by r.
+// `total_squares` [num_rows, out_features / 128]. The product behind, given these as `x_squares`, multiplies its sums
+// by r.
 //
 // Who does what: a block makes 128 outputs for ROWS rows of x. Neighbours along x in a cluster share the columns;
 // neighbours along y share W: each fetches a part of it for all of them, and rows of x of its own. One thread lets the
@@ -43,15 +44,21 @@
 //     step: 12.6 to 16 us instead of 8.5; a branch between own and others' barriers instead of one address: 9.3
 //   the cluster's sums as single stores into the others' shared memory, behind a releasing barrier, instead of one copy
 //     for each block: up to 0.7 us more with splits of 4 and 8 (1024 x 2048, 64 rows: 7.5 instead of 6.8)
-//   dividing by the cluster's sizes, and the code for sharing W in tiles that never do (1465 instead of 997 instructions
-//     with 16 rows): a decode step of Qwen3-0.6B with 8 sequences 0.953 ms instead of 0.933, with 16 1.169 (1.138)
-//   the norm between two products, one thread making a row's factor before the first step, and what the end needs loaded
-//     there: a step of Qwen3-0.6B with 256, 64, 8 sequences 5.66, 2.05, 0.888 ms instead of 5.73, 2.10, 0.910 with
-//     rms_norm's own launches, but one of Qwen3-8B with 8 5.37 instead of 5.14
+//   dividing by the cluster's sizes, and the code for sharing W in tiles that never do (1465 instead of 997
+//     instructions with 16 rows): a decode step of Qwen3-0.6B with 8 sequences 0.953 ms instead of 0.933, with 16 1.169 (1.138)
+//   the norm between two products, one thread making a row's factor before the first step, and what the end needs
+//     loaded there: a step of Qwen3-0.6B with 256, 64, 8 sequences 5.66, 2.05, 0.888 ms instead of 5.73, 2.10, 0.910
+//     with rms_norm's own launches, but one of Qwen3-8B with 8 5.37 instead of 5.14
 //   the same with the norm's weights fetched to shared memory before the block's first barrier: 8B with 8 5.35 instead
 //     of 4.99, since the ring's first copies wait for what comes from memory
-//   now: 0.6B with 64, 16, 8 sequences 2.06, 1.12, 0.875 ms instead of 2.12, 1.15, 0.910; 8B with 8 5.16 instead of 4.97:
-//     large weights keep the memory busy while rms_norm runs, so they are left to it
+//   now: 0.6B with 64, 16, 8 sequences 2.06, 1.12, 0.875 ms instead of 2.12, 1.15, 0.910; 8B with 8 5.16 instead of
+//     4.97: large weights keep the memory busy while rms_norm runs, so they are left to it
+//   a kernel of its own for large weights and many rows: blocks that stay, tiles of 256 rows by 256 outputs shared by
+//     two blocks, 64 x 256 wgmma, work cut evenly across tiles (stream-K), SwiGLU in the end. Predicted for 256 rows
+//     62 us for 24576 x 4096 with SwiGLU and 34 for 4096 x 12288; measured with rms_norm 88.8 (cuBLASLt and
+//     silu_and_mul 80.7) and 54.9 (48.5): a step takes 0.76 us in both, for the GPU is at its power limit, and sums
+//     that go by way of memory cost 8 to 12 us. For 16384 rows, each run for a second: 24576 x 4096 5184 us (5170 with
+//     silu_and_mul), 6144 x 4096 1283 (1221), 6144 x 1024 with SwiGLU 382 (397)
 //   each block reading its part of the sums from the others' shared memory (1024 x 2048, 128 rows): 8.35; with that,
 //     rms_norm letting this kernel start only after its own wait 8.68, and then half the ring, two blocks a
 //     multiprocessor, 8.96; wgmma_wait<2> the same
@@ -93,7 +100,7 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
     const uint32_t full = shared_address(barriers[0]), empty = shared_address(barriers[1]);
     const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     constexpr bool MAY_SHARE = ROWS >= 64;  // smaller tiles are for batches that fit into one
-    const int split = cluster_shape().x, split_bits = 31 - __clz(split);  // a power of two: nothing is divided by it
+    const int split = cluster_shape().x, split_bits = log2_of_power(split);  // nothing is divided by it
     const int sharers = MAY_SHARE ? cluster_shape().y : 1;
     const int rank = cluster_place().x, sharer = cluster_place().y;
     const int num_steps = div_ceil(in_features, COLUMNS);
@@ -132,7 +139,7 @@ __device__ inline void product(const TensorMap& x_map, const TensorMap& w_map, i
     float c[ROWS / 8][4] = {};  // y^T: rows are outputs
     float squares[TURNS] = {};  // this thread's part of them, by turn
     if (threadIdx.x == MULTIPLIERS) {
-        const int first_row_of_w = sharer * (OUTPUTS >> (31 - __clz(sharers)));  // what this block fetches for all that share W
+        const int first_row_of_w = sharer * (OUTPUTS >> log2_of_power(sharers));  // what it fetches for all sharers
         const int own_output = first_row_of_w < OUTPUTS / 2 ? first_output + first_row_of_w
                                                             : second_output + first_row_of_w - OUTPUTS / 2;
         int all_sharers = 0;
@@ -278,7 +285,7 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_sm90(
     T* y, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const T* __restrict__ bias,
     const float* x_squares, float eps, const T* residual, T* total, const T* __restrict__ norm, float* total_squares,
     int num_rows, int out_features, int in_features, int stages) {
-    const int tile = blockIdx.x >> (31 - __clz(cluster_shape().x)), first_output = tile * OUTPUTS;
+    const int tile = blockIdx.x >> log2_of_power(cluster_shape().x), first_output = tile * OUTPUTS;
     if (residual != nullptr && threadIdx.x < 2) {  // from memory it may come late, and nothing should wait for it
         prefetch_l2(norm + min(first_output + static_cast<int>(threadIdx.x) * 64, out_features - 8));
     }
@@ -341,7 +348,8 @@ template <typename T, int ROWS>
 __global__ void __launch_bounds__(THREADS, 2) gemm_swiglu_sm90(
     T* y, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const T* __restrict__ bias,
     const float* x_squares, float eps, int num_rows, int out_features, int in_features, int stages) {
-    const int num_outputs = out_features / 2, first_output = (blockIdx.x >> (31 - __clz(cluster_shape().x))) * (OUTPUTS / 2);
+    const int tile = blockIdx.x >> log2_of_power(cluster_shape().x), first_output = tile * (OUTPUTS / 2);
+    const int num_outputs = out_features / 2;
     product<T, ROWS>(
         x_map, w_map, first_output, num_outputs + first_output, blockIdx.y * ROWS, num_rows, in_features, stages,
         x_squares, eps, [](int column) {}, [](int row, int column) { return 0; },

@@ -1,9 +1,9 @@
 // Sampling and log probabilities, as NumpyOps defines them: rules, temperature, min_p, top_k, top_p, the draw.
 //
-//   apply_rules        logits <- allowed ids, bias, penalties, in place             one block a row
-//   sample             argmax of logits, or of logits / T - log(noise)              `splits` blocks a row
-//   filter_and_sample  the same among what min_p, top_k and top_p keep              a cluster of 8 blocks, or one, a row
-//   logprobs           log softmax, rank and top tokens                             likewise
+//   apply_rules        logits <- allowed ids, bias, penalties, in place            one block a row
+//   sample             argmax of logits, or of logits / T - log(noise)             `splits` blocks a row
+//   filter_and_sample  the same among what min_p, top_k and top_p keep             a cluster of 8 blocks, or one, a row
+//   logprobs           log softmax, rank and top tokens                            likewise
 //
 // logits [rows, vocab_size] float; everything else is a column [rows] or CSR. What is drawn does not depend on how many
 // blocks share a row: scores, thresholds and counts are maxima and sums of integers, in whatever order they come. No
@@ -29,13 +29,8 @@
 //   - mass as 40-bit integers in two words with a carry: top_p took 38.6 us for 1 row, 471 for 256 in clusters
 //   - blocks of 1024 threads in the cluster: top_k 50 took 28.1 us for 16 rows; one block of 256: 123 for 256 rows
 //   - 8 blocks of `sample` a multiprocessor instead of 4: 10.9 us for 8 rows, 77.6 for 256
-#include "common.cuh"
+#include "cluster.cuh"  // no clusters before Hopper: there the launcher takes the instances with CLUSTER = 1
 #include "philox.cuh"
-
-#if __CUDA_ARCH__ < 900  // no clusters before Hopper: there the launcher takes the instances with CLUSTER = 1
-#undef __cluster_dims__
-#define __cluster_dims__(...)
-#endif
 
 // ---- floats and candidates as integers ------------------------------------------------------------------------
 

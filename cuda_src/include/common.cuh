@@ -30,6 +30,9 @@ __device__ constexpr I div_ceil(I a, I b) {
     return (a + b - 1) / b;
 }
 
+// The exponent of a power of two.
+__device__ inline int log2_of_power(int x) { return 31 - __clz(x); }
+
 // The smallest multiple of `alignment` that is not less than `a`.
 template <typename I>
 __device__ constexpr I align_up(I a, I alignment) {

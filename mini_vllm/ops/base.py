@@ -167,8 +167,8 @@ class Ops(Protocol):
         """silu(gate) * up for gate_up [T, 2 I], the gate half first: [T, I] (SwiGLU; Shazeer, 2020)."""
         ...
 
-    # Steps of few tokens spend most of their time between kernels, so what often follows one another is one op, too:
-    # by definition the composition of the single ones, with the same roundings in between.
+    # Steps of few tokens spend most of their time between kernels, so what often follows one another is one op, too: by
+    # definition the composition of the single ones. A backend may round less in between.
 
     def add_norm_linear(
         self, x: Array, residual: Residual | None, norm_weight: Array, eps: float, weight: Weight

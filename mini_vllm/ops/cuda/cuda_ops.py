@@ -144,29 +144,28 @@ class CudaOps(Compositions):
     def add_norm_linear(
         self, x: Array, residual: Residual | None, norm_weight: Array, eps: float, weight: Weight
     ) -> tuple[Array, Array]:
-        if isinstance(residual, AddedResidual):
-            if (y := self._gemm.scaled(x, residual, eps, weight)) is not None:
-                return y, residual.total
-            x, residual = residual.total, None
-        fused = self._gemm.norm_linear(x, gemm.Norm(norm_weight, eps, residual), weight)
-        if fused:
-            return fused
-        hidden, residual = self._add_norm(x, residual, norm_weight, eps)
-        return self._gemm.linear(hidden, weight, fused=True), residual
+        return self._add_norm_product(x, residual, norm_weight, eps, weight, swiglu=False)
 
     def add_norm_swiglu(
         self, x: Array, residual: Residual | None, norm_weight: Array, eps: float, gate_up: Weight
     ) -> tuple[Array, Array]:
+        return self._add_norm_product(x, residual, norm_weight, eps, gate_up, swiglu=True)
+
+    def _add_norm_product(
+        self, x: Array, residual: Residual | None, norm_weight: Array, eps: float, weight: Weight, swiglu: bool
+    ) -> tuple[Array, Array]:
+        """Both of the above, in as few launches as there are kernels for."""
         if isinstance(residual, AddedResidual):
-            if (y := self._gemm.scaled(x, residual, eps, gate_up, swiglu=True)) is not None:
+            if (y := self._gemm.scaled(x, residual, eps, weight, swiglu)) is not None:
                 return y, residual.total
             x, residual = residual.total, None
-        norm = gemm.Norm(norm_weight, eps, residual)
-        if fused := self._gemm.norm_linear(x, norm, gate_up, swiglu=True):
+        if fused := self._gemm.norm_linear(x, gemm.Norm(norm_weight, eps, residual), weight, swiglu):
             return fused
         hidden, residual = self._add_norm(x, residual, norm_weight, eps)
-        gated = self._gemm.swiglu(hidden, gate_up)
-        return self.silu_and_mul(self.linear(hidden, gate_up)) if gated is None else gated, residual
+        if not swiglu:
+            return self._gemm.linear(hidden, weight, fused=True), residual
+        gated = self._gemm.swiglu(hidden, weight)
+        return self.silu_and_mul(self.linear(hidden, weight)) if gated is None else gated, residual
 
     def linear_before_norm(
         self, x: Array, weight: Weight, residual: Array, norm_weight: Array | None

@@ -178,10 +178,11 @@ class Gemm:
         """`Ops.linear_before_norm` with the sum made and the norm begun; None where that cannot be, or does not pay."""
         w, bias = weight.weight, weight.bias
         _check_operands(x, w, bias)
-        _check_norm(residual, Norm(norm_weight, 0.0, None))
         if residual.shape != (len(x), len(w)) or residual.dtype != x.dtype:
             raise ValueError(f"residual {residual.dtype}{residual.shape} does not fit x {x.shape}, weight {w.shape}")
-        # With fewer rows the product behind does all of the norm; beside large weights, a norm of its own costs nothing.
+        if norm_weight.shape != w.shape[:1] or norm_weight.dtype != x.dtype:
+            raise ValueError(f"norm weight {norm_weight.dtype}{norm_weight.shape} does not fit weight {w.shape}")
+        # With fewer rows the product behind does all of the norm; beside large weights, one of its own costs nothing.
         if len(x) <= fused_gemv.MAX_ROWS or w.size > MAX_ADDING_WEIGHT:
             return None
         return gemm_sm90.gemm_add(x, w, bias, residual, norm_weight, self._info)

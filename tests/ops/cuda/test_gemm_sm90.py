@@ -238,7 +238,7 @@ def test_residuals_that_do_not_fit_are_refused():
     x, weight = cupy.zeros((20, 64), BFLOAT16), DenseWeight(cupy.zeros((16, 64), BFLOAT16))
     with pytest.raises(ValueError, match=r"residual bfloat16\(19, 16\) does not fit x \(20, 64\), weight \(16, 64\)"):
         ops.linear_before_norm(x, weight, cupy.zeros((19, 16), BFLOAT16), cupy.ones(16, BFLOAT16))
-    with pytest.raises(ValueError, match=r"norm weight \(15,\)"):
+    with pytest.raises(ValueError, match=r"norm weight bfloat16\(15,\)"):
         ops.linear_before_norm(x, weight, cupy.zeros((20, 16), BFLOAT16), cupy.ones(15, BFLOAT16))
 
 
