@@ -214,10 +214,10 @@ def test_padding_sequences_and_tokens(attention, dtype):
 
 
 @pytest.mark.parametrize("lens", [DECODE, MIXED, ([1], [30_000])], ids=["decode", "mixed", "split"])
-def test_repeats_bit_for_bit(attention, dtype, lens):
+def test_repeats_bit_for_bit(attention, dtype, lens, times):
     case = Case(*lens, dtype)
     first = cupy.asnumpy(case.run(attention))
-    for _ in range(20):
+    for _ in range(times(20)):
         np.testing.assert_array_equal(cupy.asnumpy(case.run(attention)), first)
 
 

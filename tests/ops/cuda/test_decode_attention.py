@@ -244,12 +244,12 @@ def test_padding_sequences(dtype16):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("either_kernel")
-def test_repeats_bit_for_bit(dtype16):
+def test_repeats_bit_for_bit(dtype16, times):
     case = Case.make([30_000, 5], dtype16)
     arguments = case.on_device()
     run = CudaOps(dtype16)._attention.with_rope
     first = run(*arguments).tobytes()
-    assert all(run(*arguments).tobytes() == first for _ in range(20))
+    assert all(run(*arguments).tobytes() == first for _ in range(times(20)))
 
 
 @pytest.mark.gpu

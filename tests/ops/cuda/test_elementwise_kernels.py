@@ -290,12 +290,12 @@ def chain_inputs(dtype, rows=64):
     return x, residual, cupy.asarray(random(2048, dtype, 10)), rest.pop("qkv"), rest
 
 
-def test_early_launches_wait_for_their_predecessors(dtype):
+def test_early_launches_wait_for_their_predecessors(dtype, times):
     """Kernels overlap (pdl): a chain without synchronisation gives bit for bit what a synchronised one gives."""
     results = []
     for synchronise in (True, False):
         x, residual, weight, qkv, rest = chain_inputs(dtype)
-        for _ in range(50):
+        for _ in range(times(50)):
             x, residual, _ = step(x, residual, weight, qkv, rest)
             if synchronise:
                 cupy.cuda.Device().synchronize()

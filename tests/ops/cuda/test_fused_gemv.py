@@ -230,9 +230,9 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype16, info, eight_rows):
     assert cupy.asnumpy(y[3]).tobytes() == cupy.asnumpy(full[3]).tobytes()
 
 
-def chain(ops, x, residual, norm_weight, wide, down):
+def chain(ops, x, residual, norm_weight, wide, down, length):
     """Each op reads what the one before wrote, and starts before that one has ended."""
-    for _ in range(30):
+    for _ in range(length):
         gated, residual = ops.add_norm_swiglu(x, residual, norm_weight, NORM_EPS, wide)
         x = ops.linear(gated, down)
         y, residual = ops.add_norm_linear(x, residual, norm_weight, NORM_EPS, wide)
@@ -242,7 +242,7 @@ def chain(ops, x, residual, norm_weight, wide, down):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 4])
-def test_early_launches_wait_for_their_predecessors(dtype16, rows, monkeypatch):
+def test_early_launches_wait_for_their_predecessors(dtype16, rows, monkeypatch, times):
     ops = CudaOps(dtype16)
     case = Case(rows, 6144, 1024, dtype16)
     x, residual, norm_weight, wide = case.on_device()
@@ -258,7 +258,8 @@ def test_early_launches_wait_for_their_predecessors(dtype16, rows, monkeypatch):
                     cupy.cuda.get_current_stream().synchronize()
 
                 patch.setattr("mini_vllm.ops.cuda.kernel.Kernel.__call__", launch_and_wait)
-            results.append(b"".join(a.tobytes() for a in chain(ops, x, residual, norm_weight, wide, down)))
+            outputs = chain(ops, x, residual, norm_weight, wide, down, times(30))
+            results.append(b"".join(a.tobytes() for a in outputs))
     assert results[0] == results[1]
 
 

@@ -134,10 +134,10 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype, info):
 
 
 @pytest.mark.gpu
-def test_repeats_bit_for_bit(dtype, info):
+def test_repeats_bit_for_bit(dtype, info, times):
     operands = Case(60, 1024, 3072, dtype).on_device()
     first = gemm_sm90.gemm(*operands, info).tobytes()
-    assert all(gemm_sm90.gemm(*operands, info).tobytes() == first for _ in range(20))
+    assert all(gemm_sm90.gemm(*operands, info).tobytes() == first for _ in range(times(20)))
 
 
 @pytest.mark.gpu
@@ -247,7 +247,7 @@ def test_residuals_that_do_not_fit_are_refused():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [12, 64])
-def test_early_launches_wait_for_their_predecessors(dtype, info, rows, monkeypatch):
+def test_early_launches_wait_for_their_predecessors(dtype, info, rows, monkeypatch, times):
     ops = CudaOps(dtype)
     gate_up, down = Case(1, 6144, 1024, dtype), Case(1, 1024, 3072, dtype, seed=9)
     weights = [DenseWeight(cupy.asarray(case.weight)) for case in (gate_up, down)]
@@ -255,9 +255,9 @@ def test_early_launches_wait_for_their_predecessors(dtype, info, rows, monkeypat
 
     def chain() -> bytes:
         x, residual = (cupy.asarray(random((rows, 1024), dtype, seed)) for seed in (1, 2))
-        for i in range(30):
+        for i in range(times(30)):
             gated, residual = ops.add_norm_swiglu(x, residual, norm, NORM_EPS, weights[0])
-            x, residual = ops.linear_before_norm(gated, weights[1], residual, None if i == 29 else norm)
+            x, residual = ops.linear_before_norm(gated, weights[1], residual, None if i == times(30) - 1 else norm)
         return x.tobytes() + residual.tobytes()
 
     overlapped = chain()

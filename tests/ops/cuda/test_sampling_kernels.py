@@ -320,8 +320,8 @@ def test_nan_gives_a_token_of_the_vocabulary(samplers, vocab_size, rules):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("filtered", [False, True])
-def test_tokens_follow_the_distribution(filtered):
-    vocab_size, draws = 64, 1 << 16
+def test_tokens_follow_the_distribution(filtered, times):
+    vocab_size, draws = 64, times(128) << 9
     row = random_logits(1, vocab_size, 10, 1.5)
     logits = np.repeat(row, draws, axis=0)
     batch = plain_batch(draws, 11, temperature=np.full(draws, 0.8, np.float32))
@@ -343,8 +343,8 @@ def test_tokens_follow_the_distribution(filtered):
 
 
 @pytest.mark.gpu
-def test_a_token_depends_on_nothing_but_its_row(samplers):
-    rows, vocab_size = 24, 32003
+def test_a_token_depends_on_nothing_but_its_row(samplers, times):
+    rows, vocab_size = times(24), 32003
     logits, batch = random_logits(rows, vocab_size, 12), mixed_batch(rows, vocab_size, 13)
     order = np.random.default_rng(14).permutation(rows)
 
