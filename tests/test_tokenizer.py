@@ -725,7 +725,7 @@ BAD_MESSAGES = [
     [user([{"type": "text", "text": 5}])],
     [user([{"type": "image_url", "image_url": {"url": "x"}}])],
     [user("x"), user(b"x")],
-    [{**user("x"), "extra": object()}],
+    [{**user("x"), "extra": len}],
     [{**user("x"), "extra": {"deep": {1, 2}}}],
 ]
 

@@ -52,10 +52,9 @@ def gpu_line(found: dict[str, Any]) -> str:
 
 
 def _pci_bus_id() -> str:
-    """Of the current device: its number is another one to nvidia-smi where CUDA_VISIBLE_DEVICES chooses."""
-    import cupy
+    from mini_vllm.ops.cuda.device import pci_bus_id
 
-    return cupy.cuda.Device().pci_bus_id
+    return pci_bus_id()
 
 
 def _numbers(line: str) -> tuple[float, ...]:

@@ -1,9 +1,12 @@
 """What only a GPU can tell: the roofs, the share of them, and that the suite's check holds."""
 
 import json
+import shutil
+import time
 
 import pytest
 
+from mini_vllm.bench.gpu_monitor import gpu_monitor
 from mini_vllm.bench.latency import latency_lines, measure_latency
 from mini_vllm.bench.presets import preset_arguments
 from mini_vllm.bench.runner import measured_roofs
@@ -20,6 +23,15 @@ def test_the_gpu_s_tokens_are_those_of_the_specification():
         "cuda",
         "greedy tokens of 5 prompts in float32 are those of the NumPy backend",
     )
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs nvidia-smi")
+def test_clock_and_power_are_those_of_this_gpu():
+    with gpu_monitor("cuda") as found:
+        time.sleep(3)
+    assert found["readings"] > 1
+    assert 100 < found["sm_clock_mhz"] <= found["max_sm_clock_mhz"] < 10_000
+    assert 5 < found["power_w"] < 2 * found["power_limit_w"]
 
 
 def test_roofs_are_those_of_a_gpu():

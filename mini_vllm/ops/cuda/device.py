@@ -50,6 +50,11 @@ class DeviceInfo:
         )
 
 
+def pci_bus_id() -> str:
+    """Of the current device, as nvidia-smi takes it; its index is another one there under CUDA_VISIBLE_DEVICES."""
+    return cupy.cuda.Device().pci_bus_id
+
+
 def memory_info() -> tuple[int, int]:
     """(free, total) bytes of the current GPU; what CuPy's pools keep for later counts as used."""
     return runtime.memGetInfo()
