@@ -96,11 +96,15 @@ def latency_report(workload: Workload, runs: list[Run], engine: dict[str, Any]) 
 
 
 def decode_step_seconds(run: Run) -> float | None:
-    """Seconds of a decode step of a batch of equal requests, None if there was none.
+    """Seconds of a decode step of a batch of equal requests; None if there was none that held all of them.
 
-    The time per token of the request whose first token came last: by then no prompt is being computed any more.
+    The time per token of the request whose first token came last: by then no prompt is being computed any more. If the
+    others are far ahead of it by then, since their prompts took many steps, they also end earlier, and its steps become
+    smaller ones: more than a tenth of its time is too much.
     """
-    return max(run.requests, key=lambda request: request.ttft).tpot
+    last = max(run.requests, key=lambda request: request.ttft)
+    ahead = last.ttft - min(request.ttft for request in run.requests)
+    return last.tpot if ahead <= (last.e2e - last.ttft) / 10 else None
 
 
 def add_bandwidth(report: Report, bandwidth: float) -> None:
@@ -125,6 +129,11 @@ def latency_lines(report: Report) -> Iterator[str]:
             f"Decode: {decode.median:.3f} ms per step of {workload['batch_size']} tokens "
             f"(P10 {percentile(decode.samples, 10):.3f}, P90 {percentile(decode.samples, 90):.3f}), "
             f"context {workload['input_len']} to {workload['input_len'] + workload['output_len']}"
+        )
+    elif report.workload["output_len"] > 1:
+        yield (
+            "Decode: no step of the whole batch to time, since its prompts took many steps; "
+            "raise --max-num-batched-tokens to compute them in one"
         )
     if "share_of_bandwidth_limit" in metrics:
         details = report.details

@@ -64,8 +64,19 @@ def test_latency_of_a_single_token_has_no_decode_step():
 
 
 def test_a_decode_step_is_timed_after_the_last_prompt():
-    early, late = RequestTiming(11, ttft=1.0, e2e=6.0), RequestTiming(11, ttft=3.0, e2e=7.0)
+    early, late = RequestTiming(11, ttft=2.7, e2e=6.7), RequestTiming(11, ttft=3.0, e2e=7.0)
     assert decode_step_seconds(Run(7.0, [early, late, early], 3)) == pytest.approx(0.4)
+
+
+def test_a_batch_that_never_decodes_together_has_no_decode_step():
+    early, late = RequestTiming(11, ttft=1.0, e2e=6.0), RequestTiming(11, ttft=3.0, e2e=7.0)
+    assert decode_step_seconds(Run(7.0, [early, late, early], 3)) is None
+    report, _ = measure_latency(
+        {**ENGINE, "max_num_batched_tokens": 16, "max_num_seqs": 16},
+        input_len=32, output_len=4, batch_size=6, num_iters=1, num_iters_warmup=0,
+    )  # fmt: skip
+    assert "decode_ms" not in report.metrics
+    assert any(line.startswith("Decode: no step of the whole batch") for line in latency_lines(report))
 
 
 def test_share_of_the_bandwidth_limit():
