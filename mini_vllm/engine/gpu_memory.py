@@ -81,10 +81,10 @@ def _memory_of_step(model: CausalLM, config: EngineConfig, num_tokens: int) -> S
         state.apply(plan)
         host = build_model_input(plan, state)
         inp, attn = map_arrays(host, ops.to_device), map_arrays(host.attn, ops.to_device)
-        last = None if host.last is None else map_arrays(host.last, ops.to_device)
-        hidden = model.forward(inp.input_ids, inp.positions, attn, kv, last=last)
+        hidden = model.forward(inp.input_ids, inp.positions, attn, kv)  # of all tokens: it takes the most
         reserved_by_model = allocator.get_reserved() - reserved
-        hidden = ops.embedding(inp.logits_indices, hidden)
+        rows = host.logits_indices if host.last is None else host.last.rows
+        hidden = ops.embedding(ops.to_device(rows), hidden)
         batch = build_sampling_batch(plan.scheduled, state)
         ops.to_host(ops.sample(model.logits(hidden), map_arrays(batch, ops.to_device)))
         return StepMemory(allocator.get_peak() - allocated, reserved_by_model)

@@ -112,7 +112,8 @@ class PromptGraphRunner:
     """Replays steps with prompt tokens, alone or among decoding sequences, of up to `max_num_tokens` tokens.
 
     Only the model is in the graph: whose logits are wanted, and what for, differs from step to step. A graph is
-    captured when the first step of its size comes, which takes as long as two or three eager ones.
+    captured when the first step of its size comes, which takes as long as two or three eager ones; steps that want the
+    hidden states of all tokens, to score prompts, have graphs of their own.
     """
 
     def __init__(self, context: GraphContext, max_num_tokens: int) -> None:
@@ -121,43 +122,46 @@ class PromptGraphRunner:
         self._sizes = padded_sizes(PROMPT_SIZES, max_num_tokens)
         self._inputs = StaticInputs(prompt_columns(max_num_tokens, max_num_seqs), context.block_tables)
         # All graphs leave their result here: none keeps memory of its own, and so they all fit into the same.
-        self._hidden = ops.zeros((max_num_seqs, model.config.hidden_size), ops.dtype)
+        self._hidden = ops.zeros((max_num_tokens, model.config.hidden_size), ops.dtype)
         self._allocator = GraphAllocator()
-        self._graphs: dict[int, CapturedGraph] = {}
+        self._graphs: dict[tuple[int, bool], CapturedGraph] = {}  # by size, and whether all hidden states are wanted
         with self._allocator.use():  # a step of padding only, to take that memory as long as there is some
-            self._forward(max_num_tokens)
+            self._forward(max_num_tokens, wants_all=True)
 
     @property
     def captured_sizes(self) -> list[int]:
-        return sorted(self._graphs)
+        return sorted({size for size, _ in self._graphs})
 
     @property
     def reserved_bytes(self) -> int:
         return self._allocator.get_reserved()
 
-    def _forward(self, size: int) -> None:
+    def _forward(self, size: int, wants_all: bool) -> None:
         """Run the model on the static buffers, padded to `size` tokens, and leave the hidden states in `_hidden`."""
         column = self._inputs.columns
         meta = padded_attention(column, self._inputs.block_tables, size, self._context.max_model_len)
-        num_seqs = len(meta.seq_lens)
-        last = LastTokens(column["last_rows"][:num_seqs], self._context.one_token_each[: num_seqs + 1])
+        last, num_seqs = None, len(meta.seq_lens)
+        if not wants_all:
+            last = LastTokens(column["last_rows"][:num_seqs], self._context.one_token_each[: num_seqs + 1])
         hidden = self._context.forward(column, size, meta, last)
         self._hidden.data.copy_from_device_async(hidden.data, hidden.nbytes)
 
     def forward(self, host: ModelInput) -> Array:
-        """Run the model on a step with `last`, given as host arrays. Returns their hidden states [B, H].
+        """Run the model on a step given as host arrays. Returns its hidden states, as `CausalLM.forward` does.
 
-        Those are valid until the next step. The step before may still run, the one before that must have been waited
+        They are valid until the next step. The step before may still run, the one before that must have been waited
         for.
         """
-        num_tokens = len(host.input_ids)
+        num_tokens, wants_all = len(host.input_ids), host.last is None
         size = padded_size(self._sizes, num_tokens)
         self._inputs.upload(prompt_values(host), host.attn.block_tables)
-        if size in self._graphs:
-            self._graphs[size].replay()
+        graph = self._graphs.get((size, wants_all))
+        if graph is not None:
+            graph.replay()
         else:  # what is captured is run, too
-            self._graphs[size] = CapturedGraph(lambda: self._forward(size), self._allocator)
-        return self._hidden[: len(host.last.rows)]
+            graph = CapturedGraph(lambda: self._forward(size, wants_all), self._allocator)
+            self._graphs[size, wants_all] = graph
+        return self._hidden[: num_tokens if wants_all else len(host.last.rows)]
 
 
 class StaticInputs:

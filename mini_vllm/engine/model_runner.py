@@ -148,7 +148,7 @@ class ModelRunner:
         """Run the model on a step given as host arrays: the hidden states [S + P, H] at its logits_indices."""
         ops = self.ops
         graphs = self._prompt_graphs
-        if graphs is not None and host.last is not None and len(host.input_ids) <= graphs.max_num_tokens:
+        if graphs is not None and len(host.input_ids) <= graphs.max_num_tokens:
             hidden = graphs.forward(host)
         else:
             ids, positions = ops.to_device(host.input_ids), ops.to_device(host.positions)

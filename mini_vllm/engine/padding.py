@@ -91,14 +91,14 @@ def prompt_columns(max_num_tokens: int, max_num_seqs: int) -> dict[str, Column]:
 
 
 def prompt_values(host: ModelInput) -> dict[str, np.ndarray]:
-    """What a step writes into `prompt_columns`; it has `last`."""
+    """What a step writes into `prompt_columns`."""
     return {
         "input_ids": host.input_ids,
         "positions": host.positions,
         "slot_mapping": host.attn.slot_mapping,
         "cu_seqlens_q": host.attn.cu_seqlens_q,
         "seq_lens": host.attn.seq_lens,
-        "last_rows": host.last.rows,
+        **({} if host.last is None else {"last_rows": host.last.rows}),
     }
 
 
