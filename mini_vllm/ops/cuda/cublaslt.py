@@ -206,8 +206,8 @@ class CublasLt:
             return run
 
         if plan.proposals:
-            seconds = [_time(all_products(algorithm)) for algorithm in plan.proposals]
-            plan.algorithm = plan.proposals[seconds.index(min(seconds))]
+            times = _times([all_products(algorithm) for algorithm in plan.proposals])
+            plan.algorithm = plan.proposals[times.index(min(times))]
             self._choices.put(problem, plan.algorithm)
         self._plans[problem] = plan
 
@@ -246,15 +246,20 @@ _REPLAYS = 5
 _RANDOM = np.random.default_rng(0)
 
 
-def _time(function: Callable[[], None]) -> float:
-    """Milliseconds of what a function launches, replayed as a graph."""
-    graph = CapturedGraph(function, GPUAllocator())
-    samples = []
+def _times(functions: Sequence[Callable[[], None]]) -> list[float]:
+    """Milliseconds of what each function launches, replayed as a graph.
+
+    In turns, not one after the other: large products bring the GPU to its power limit, and the later ones would be
+    measured at a lower clock.
+    """
+    graphs = [CapturedGraph(function, GPUAllocator()) for function in functions]
+    samples: list[list[float]] = [[] for _ in graphs]
     for _ in range(_REPLAYS):
-        with GPUTimer() as timer:
-            graph.replay()
-        samples.append(timer.elapsed_ms())
-    return statistics.median(samples)
+        for graph, of_graph in zip(graphs, samples, strict=True):
+            with GPUTimer() as timer:
+                graph.replay()
+            of_graph.append(timer.elapsed_ms())
+    return [statistics.median(of_graph) for of_graph in samples]
 
 
 class _Choices:
