@@ -157,7 +157,9 @@ def measure_nano(
     """nano-vllm's bench.py on a new engine; `smaller`: `nano_workload`'s limits, where all of it takes too long."""
 
     def measure(engine: LLMEngine) -> tuple[Report, Tracer | None]:
-        report = nano_report(engine, num_iters, **smaller)
+        with gpu_monitor(engine.runner.ops.device) as gpu:
+            report = nano_report(engine, num_iters, **smaller)
+        report.details["gpu"] = gpu
         if not traced:
             return report, None
         workload = nano_workload(engine.model_config.vocab_size, **smaller)
@@ -173,12 +175,10 @@ def nano_report(engine: LLMEngine, num_iters: int, **smaller: int) -> Report:
     params = workload.sampling_params(NANO_TEMPERATURE)
     warm_up(engine, workload)
     before, runs = engine.stats(), []
-    with gpu_monitor(engine.runner.ops.device) as gpu:
-        for _ in tqdm(range(num_iters), desc="nano workload", disable=None):
-            engine.reset_prefix_cache()
-            runs.append(generate(engine, workload, params))
+    for _ in tqdm(range(num_iters), desc="nano workload", disable=None):
+        engine.reset_prefix_cache()
+        runs.append(generate(engine, workload, params))
     report = throughput_report(workload, runs, engine_state(engine, before))
-    report.details["gpu"] = gpu
     report.benchmark = "nano"
     report.workload["temperature"] = NANO_TEMPERATURE
     if not workload.description["exact"]:

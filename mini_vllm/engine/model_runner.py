@@ -106,8 +106,9 @@ class ModelRunner:
 
             tables = graph_runner.static_block_tables(config.max_num_seqs, max_blocks)
             one_each = ops.to_device(np.arange(len(tables.data) + 1, dtype=np.int32))
-            static = self._drawn, tables, one_each
-            context = graph_runner.GraphContext(self.model, self.kv, ops, *static, self.max_model_len)
+            context = graph_runner.GraphContext(
+                self.model, self.kv, ops, self._drawn, tables, one_each, self.max_model_len
+            )
             self._graphs = graph_runner.DecodeGraphRunner(context, config.max_num_seqs)
             self._prompt_graphs = graph_runner.PromptGraphRunner(context, max_prompt_tokens(config))
             watch.lap("graphs")
