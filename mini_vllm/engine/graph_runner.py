@@ -2,7 +2,7 @@
 
 A step of a small model is some two hundred launches; one by one they take the host longer than the GPU. A graph replays
 them all in one call. It can only read what lies at fixed addresses, so every value that changes from step to step is
-written into static buffers first: one small copy for the columns, one for the block tables.
+written into static buffers first: by one small copy for the columns, and another one if block tables have changed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mini_vllm.engine.padding import (
     DECODE_SIZES,
     PROMPT_SIZES,
     Column,
+    Mirror,
     buffer_size,
     column_views,
     decode_columns,
@@ -42,14 +43,14 @@ from mini_vllm.ops.cuda.graph import CapturedGraph
 class GraphContext:
     """What the graphs of both runners work with.
 
-    drawn: the tokens of the newest step; block_tables: static ones; one_token_each: 0, 1, 2, ... to their number.
+    drawn: the tokens of the newest step; one_token_each: 0, 1, 2, ... to the number of block tables.
     """
 
     model: CausalLM
     kv: KVCache
     ops: CudaOps
     drawn: Array
-    block_tables: GPUBuffer
+    block_tables: BlockTables
     one_token_each: Array
     max_model_len: int
 
@@ -85,7 +86,7 @@ class DecodeGraphRunner:
             slot_mapping=column["slot_mapping"][:size],
             cu_seqlens_q=self._context.one_token_each[: size + 1],
             seq_lens=column["seq_lens"][:size],
-            block_tables=self._inputs.block_tables[:size],
+            block_tables=self._context.block_tables.data[:size],
             max_seqlen_q=1,
             max_seqlen_k=self._context.max_model_len,
         )
@@ -139,7 +140,7 @@ class PromptGraphRunner:
     def _forward(self, size: int, wants_all: bool) -> None:
         """Run the model on the static buffers, padded to `size` tokens, and leave the hidden states in `_hidden`."""
         column = self._inputs.columns
-        meta = padded_attention(column, self._inputs.block_tables, size, self._context.max_model_len)
+        meta = padded_attention(column, self._context.block_tables.data, size, self._context.max_model_len)
         last, num_seqs = None, len(meta.seq_lens)
         if not wants_all:
             last = LastTokens(column["last_rows"][:num_seqs], self._context.one_token_each[: num_seqs + 1])
@@ -164,35 +165,46 @@ class PromptGraphRunner:
         return self._hidden[: num_tokens if wants_all else len(host.last.rows)]
 
 
+class BlockTables:
+    """The block tables that graphs read. They are copied where the GPU holds others: when a sequence joins, or begins
+    with a block.
+
+    Attributes:
+        data: [max_num_seqs, max_blocks] int32 on the GPU, two rows at least, see `padded_attention`.
+    """
+
+    def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
+        shape = max(max_num_seqs, 2), max_blocks
+        self._buffer, self._mirror = GPUBuffer(shape, np.int32, num_hosts=2), Mirror(shape)
+        self._buffer.fill(0)
+        self.data = self._buffer.data
+
+    def upload(self, tables: np.ndarray) -> None:
+        """Have a step's tables [B, blocks in use] on the GPU before what is enqueued from now on."""
+        if self._mirror.update(tables):
+            self._buffer.flip()
+            self._buffer.upload_rows(tables)
+
+
 class StaticInputs:
-    """What graphs read a step from, all its columns in one buffer.
+    """The columns of steps for graphs to read, all in one buffer, and what else they read of a step.
 
     Attributes:
         columns: {name: [rows]} on the GPU.
-        block_tables: [max_num_seqs, max_blocks] int32 on the GPU.
     """
 
-    def __init__(self, columns: Mapping[str, Column], block_tables: GPUBuffer) -> None:
+    def __init__(self, columns: Mapping[str, Column], block_tables: BlockTables) -> None:
         self._layout, self._tables = columns, block_tables
         self._buffer = GPUBuffer(buffer_size(columns), np.uint8, num_hosts=2)
         arrays = *self._buffer.hosts, self._buffer.data
         *self._hosts, self.columns = (column_views(columns, array) for array in arrays)
-        self.block_tables = block_tables.data
         self.upload({}, np.zeros((1, 1), np.int32))
 
     def upload(self, values: Mapping[str, np.ndarray], block_tables: np.ndarray) -> None:
         """Enqueue a step's values, with padding behind them, and its block tables [B, blocks in use]."""
         fill_columns(self._layout, self._hosts[self._buffer.flip()], values)
         self._buffer.copy_from_host()
-        self._tables.flip()
-        self._tables.upload_rows(block_tables)
-
-
-def static_block_tables(max_num_seqs: int, max_blocks: int) -> GPUBuffer:
-    """Block tables that both runners read; two of them at least, see `padded_attention`."""
-    tables = GPUBuffer((max(max_num_seqs, 2), max_blocks), np.int32, num_hosts=2)
-    tables.fill(0)
-    return tables
+        self._tables.upload(block_tables)
 
 
 class GraphAllocator(GPUAllocator):

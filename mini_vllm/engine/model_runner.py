@@ -104,7 +104,7 @@ class ModelRunner:
         if ops.device == "cuda" and not config.enforce_eager:
             from mini_vllm.engine import graph_runner
 
-            tables = graph_runner.static_block_tables(config.max_num_seqs, max_blocks)
+            tables = graph_runner.BlockTables(config.max_num_seqs, max_blocks)
             one_each = ops.to_device(np.arange(len(tables.data) + 1, dtype=np.int32))
             context = graph_runner.GraphContext(
                 self.model, self.kv, ops, self._drawn, tables, one_each, self.max_model_len

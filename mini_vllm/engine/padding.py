@@ -1,7 +1,8 @@
 """Steps padded to the sizes that CUDA graphs are captured for. Pure NumPy: tested without a GPU or a model.
 
 A graph reads arrays of fixed length at fixed addresses. So all that changes from step to step lies in static ones:
-the block tables, and the columns of one buffer, which one small copy then brings to the GPU.
+the columns of one buffer, which one small copy brings to the GPU, and the block tables, which are copied when they have
+changed.
 """
 
 from __future__ import annotations
@@ -130,6 +131,24 @@ def fill_columns(columns: Mapping[str, Column], views: Mapping[str, np.ndarray],
 
 def _num_bytes(column: Column) -> int:
     return -(-column.rows * np.dtype(column.dtype).itemsize // 8) * 8  # so that the next one is aligned
+
+
+# ---- block tables -------------------------------------------------------------------------------------------------
+
+
+class Mirror:
+    """What an int32 array on the device holds, which starts as zeros: tells whether a step has to copy its rows."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self._held = np.zeros(shape, np.int32)
+
+    def update(self, rows: np.ndarray) -> bool:
+        """Whether the top left corner differs from `rows` [B, columns]; from now on it holds them."""
+        held = self._held[: len(rows), : rows.shape[1]]
+        if np.array_equal(held, rows):
+            return False
+        held[:] = rows
+        return True
 
 
 # ---- metadata -----------------------------------------------------------------------------------------------------

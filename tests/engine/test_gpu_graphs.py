@@ -143,6 +143,32 @@ def test_requests_that_join_one_after_the_other(overlap):
     assert run(overlap=overlap) == run(overlap=overlap, enforce_eager=True)
 
 
+def test_block_tables_are_copied_when_they_change():
+    """Which with one sequence is once a block; they are in place for every step, whichever runner it is for."""
+    llm = gpu(block_size=16, max_num_seqs=4, enable_prefix_caching=False)
+    runner = llm.llm_engine.runner
+    tables, ops, num_copies, seen = runner._graphs._context.block_tables, runner.ops, 0, []
+    upload, copy_rows = tables.upload, tables._buffer.upload_rows
+
+    def count(rows):
+        nonlocal num_copies
+        num_copies += 1
+        copy_rows(rows)
+
+    def check(host_tables):
+        upload(host_tables)
+        height, width = host_tables.shape
+        np.testing.assert_array_equal(ops.to_host(tables.data)[:height, :width], host_tables)
+        seen.append(num_copies)
+
+    tables._buffer.upload_rows, tables.upload = count, check
+    params = SamplingParams(temperature=0, max_tokens=81, ignore_eos=True)
+    first = tokens_of(llm, params, ["a"])
+    assert len(seen) == 81
+    assert num_copies <= 81 // 16 + 1
+    assert tokens_of(llm, params, [*PROMPTS, "a"])[-1] == first[0]
+
+
 def test_scored_prompts():
     llm, eager = gpu(), gpu(enforce_eager=True)
     for _ in range(2):

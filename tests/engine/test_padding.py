@@ -20,6 +20,7 @@ from mini_vllm.engine.padding import (
     MAX_PROMPT_TOKENS,
     PROMPT_SIZES,
     Column,
+    Mirror,
     buffer_size,
     column_views,
     decode_columns,
@@ -106,6 +107,29 @@ def test_padding_of_a_decode_step_is_greedy_and_sees_no_key():
     assert views["top_p"].tolist() == [0.25, 1, 1]
     assert views["slot_mapping"].tolist() == [-1, -1, -1]
     assert views["seq_lens"].tolist() == [0, 0, 0]
+
+
+# ---- block tables -------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def corners(draw):
+    """Rows for the top left corner of an array [4, 6], of few values, so that one is often like the one before."""
+    height, width = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    values = draw(st.lists(st.integers(0, 1), min_size=height * width, max_size=height * width))
+    return np.array(values, np.int32).reshape(height, width)
+
+
+@given(st.lists(corners(), max_size=8), st.data())
+def test_rows_are_copied_when_the_device_holds_others(steps, data):
+    steps = [step for step in steps for _ in range(data.draw(st.integers(1, 2)))]
+    mirror, device = Mirror((4, 6)), np.zeros((4, 6), np.int32)
+    for rows in steps:
+        corner = device[: len(rows), : rows.shape[1]]
+        is_copied = mirror.update(rows)
+        assert is_copied == (corner != rows).any()
+        if is_copied:
+            corner[:] = rows
 
 
 # ---- whole steps --------------------------------------------------------------------------------------------------
