@@ -119,10 +119,10 @@ __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(WARPS * WARP_SIZE, 1
     griddepcontrol_launch_dependents();
     griddepcontrol_wait();  // so far only lengths, weights and keys and values of earlier steps have been read
 
-    make_heads<T, D, HEADS, WARPS, ROW>(
+    make_heads<T, D, div_ceil(HEADS + 2, WARPS), WARPS, ROW>(
         rope, qkv + static_cast<int64_t>(sequence) * (num_q_heads + 2 * num_kv_heads) * D, kv_head * group_size,
         group_size, has_newest, kv_head, num_q_heads, num_kv_heads, eps, &q_shared[0][0], &new_kv[0][0], k_cache,
-        v_cache, new_slot);
+        v_cache, new_slot, warp);
     __syncthreads();
 
     // Q^T as B fragments; padding heads are zero.

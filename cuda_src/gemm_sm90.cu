@@ -45,7 +45,8 @@
 //   the cluster's sums as single stores into the others' shared memory, behind a releasing barrier, instead of one copy
 //     for each block: up to 0.7 us more with splits of 4 and 8 (1024 x 2048, 64 rows: 7.5 instead of 6.8)
 //   dividing by the cluster's sizes, and the code for sharing W in tiles that never do (1465 instead of 997
-//     instructions with 16 rows): a decode step of Qwen3-0.6B with 8 sequences 0.953 ms instead of 0.933, with 16 1.169 (1.138)
+//     instructions with 16 rows): a decode step of Qwen3-0.6B with 8 sequences 0.953 ms instead of 0.933, with 16 1.169
+//     (1.138)
 //   the norm between two products, one thread making a row's factor before the first step, and what the end needs
 //     loaded there: a step of Qwen3-0.6B with 256, 64, 8 sequences 5.66, 2.05, 0.888 ms instead of 5.73, 2.10, 0.910
 //     with rms_norm's own launches, but one of Qwen3-8B with 8 5.37 instead of 5.14

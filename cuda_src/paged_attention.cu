@@ -195,10 +195,10 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE, D <= 128 && N_TILES == 1 ? 
             const int64_t slot = first_member == 0 ? slot_mapping[token] : -1;
             if (!waited) griddepcontrol_wait();  // the keys and values were written by earlier steps
             waited = true;
-            make_heads<T, D, HEADS, WARPS, ROW>(
+            make_heads<T, D, div_ceil(HEADS + 2, WARPS), WARPS, ROW>(
                 rope, q + token * (num_q_heads + 2 * num_kv_heads) * D, kv_head * group_size + first_member, members,
                 has_newest, kv_head, num_q_heads, num_kv_heads, eps, &q_shared[0][0], &new_kv[0][0], k_cache, v_cache,
-                slot);
+                slot, warp);
             __syncthreads();
         }
 

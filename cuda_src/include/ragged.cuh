@@ -14,15 +14,15 @@ struct RaggedPlace {
 };
 
 // The place of item number pick(total). If that is not below total, only `total` is meaningful. Called by all
-// threads of a block of THREADS.
-template <int THREADS, typename Count, typename Pick>
+// threads of a block of at most MAX_THREADS.
+template <int MAX_THREADS, typename Count, typename Pick>
 __device__ inline RaggedPlace find_ragged(int num_sequences, Count count, Pick pick) {
-    __shared__ int warp_sums[THREADS / WARP_SIZE];
+    __shared__ int warp_sums[MAX_THREADS / WARP_SIZE];
     __shared__ int2 found;
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
 
     // Each thread owns a run of neighbouring sequences; `end` becomes the items up to the end of its run.
-    const int run = div_ceil(num_sequences, THREADS);
+    const int run = div_ceil(num_sequences, static_cast<int>(blockDim.x));
     const int first = min(static_cast<int>(threadIdx.x) * run, num_sequences);
     const int last = min(first + run, num_sequences);
     int own = 0;
@@ -37,7 +37,8 @@ __device__ inline RaggedPlace find_ragged(int num_sequences, Count count, Pick p
     __syncthreads();
     int total = 0;
 #pragma unroll
-    for (int w = 0; w < THREADS / WARP_SIZE; w++) {
+    for (int w = 0; w < MAX_THREADS / WARP_SIZE; w++) {
+        if (w * WARP_SIZE >= blockDim.x) break;
         if (w < warp) end += warp_sums[w];
         total += warp_sums[w];
     }

@@ -51,41 +51,41 @@ struct RopeLane {
     }
 };
 
-// Makes the `members` query heads from first_head on, and where with_kv the key and the value of kv_head, with WARPS
-// warps: q to q_shared [members][ROW], k and v to new_kv [2][D] and, unless slot is -1, to the cache's row `slot`.
-// token: the row of the projection, [num_q_heads + 2 num_kv_heads][D].
-template <typename T, int D, int MAX_HEADS, int WARPS, int ROW>
+// Makes some of these: the `members` query heads from first_head on, then, where with_kv, the key and the value of
+// kv_head. Of them, numbered from 0, a warp makes `task`, task + STRIDE and so on, COUNT at most: q to q_shared
+// [members][ROW], k and v to new_kv [2][D] and, unless slot is -1, to the cache's row `slot`. token: the row of the
+// projection, [num_q_heads + 2 num_kv_heads][D].
+template <typename T, int D, int COUNT, int STRIDE, int ROW>
 __device__ inline void make_heads(const RopeLane<T, D>& rope, const T* token, int first_head, int members,
                                   bool with_kv, int kv_head, int num_q_heads, int num_kv_heads, float eps, T* q_shared,
-                                  T* new_kv, T* k_cache, T* v_cache, int64_t slot) {
-    constexpr int MAX_TASKS = div_ceil(MAX_HEADS + 2, WARPS);
-    const int lane = rope.lane, warp = threadIdx.x / WARP_SIZE;
+                                  T* new_kv, T* k_cache, T* v_cache, int64_t slot, int task) {
+    const int lane = rope.lane;
     const int num_tasks = with_kv ? members + 2 : members;
-    uint32_t heads[MAX_TASKS][2] = {};
+    uint32_t heads[COUNT][2] = {};
 #pragma unroll
-    for (int n = 0; n < MAX_TASKS; n++) {  // all loads first: they wait for memory together
-        const int task = warp + n * WARPS;
-        const int head = task < members ? first_head + task : num_q_heads + (task - members) * num_kv_heads + kv_head;
+    for (int n = 0; n < COUNT; n++) {  // all loads first: they wait for memory together
+        const int i = task + n * STRIDE;
+        const int head = i < members ? first_head + i : num_q_heads + (i - members) * num_kv_heads + kv_head;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            if (task >= num_tasks || !rope.active) continue;
+            if (i >= num_tasks || !rope.active) continue;
             heads[n][half] = *reinterpret_cast<const uint32_t*>(token + head * D + half * (D / 2) + 2 * lane);
         }
     }
 #pragma unroll
-    for (int n = 0; n < MAX_TASKS; n++) {
-        const int task = warp + n * WARPS;
-        if (task >= num_tasks) break;  // the same for the whole warp
-        const bool is_q = task < members, is_v = task > members;
+    for (int n = 0; n < COUNT; n++) {
+        const int i = task + n * STRIDE;
+        if (i >= num_tasks) break;  // the same for the whole warp
+        const bool is_q = i < members, is_v = i > members;
         if (!is_v) rope.apply(heads[n], is_q, eps);
         if (!rope.active) continue;
-        T* target = is_q ? q_shared + task * ROW : new_kv + is_v * D;
+        T* target = is_q ? q_shared + i * ROW : new_kv + is_v * D;
         T* cached = (is_v ? v_cache : k_cache) + (slot * num_kv_heads + kv_head) * D;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int i = half * (D / 2) + 2 * lane;
-            *reinterpret_cast<uint32_t*>(target + i) = heads[n][half];
-            if (!is_q && slot >= 0) *reinterpret_cast<uint32_t*>(cached + i) = heads[n][half];
+            const int element = half * (D / 2) + 2 * lane;
+            *reinterpret_cast<uint32_t*>(target + element) = heads[n][half];
+            if (!is_q && slot >= 0) *reinterpret_cast<uint32_t*>(cached + element) = heads[n][half];
         }
     }
 }

@@ -101,6 +101,16 @@ __device__ inline void copy_box(uint32_t destination, const TensorMap& map, int 
         : "memory");
 }
 
+// The same for a map with three dimensions.
+__device__ inline void copy_box(uint32_t destination, const TensorMap& map, int column, int row, int layer,
+                                uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+        "[%5];" ::"r"(destination),
+        "l"(&map), "r"(column), "r"(row), "r"(layer), "r"(barrier)
+        : "memory");
+}
+
 // Copies from this block's shared memory to any of the cluster's, at whose barrier `bytes` then arrive.
 __device__ inline void copy_to_cluster(uint32_t destination, uint32_t source, int bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

@@ -1,7 +1,9 @@
 """Attention over the paged cache: which kernel serves which sequence, and how many blocks it gets.
 
 Sequences with one new token belong to paged_attention.cu, those with more to flash_attention.cu or, on Hopper, to
-flash_attention_sm90.cu; a batch with both is two launches, and each kernel finds its own sequences on the device.
+flash_attention_sm90.cu; a batch with both is two launches, and each kernel finds its own sequences on the device. Steps
+in which every sequence has one new token also have decode_attention.cu, for few, and on Hopper paged_attention_sm90.cu,
+for many.
 float32, and head sizes that tensor cores cannot take, are served by the plain kernel in flash_attention.cu. No grid
 depends on the lengths of sequences: nothing waits for the device, and a captured launch stays right when lengths
 and block tables change.
@@ -20,7 +22,7 @@ from mini_vllm.ops.base import Array, AttentionMetadata
 from mini_vllm.ops.cuda import fused_gemv
 from mini_vllm.ops.cuda.device import DeviceInfo
 from mini_vllm.ops.cuda.elementwise import HEAD_DIMS, check_rope
-from mini_vllm.ops.cuda.kernel import DTYPES, Kernel, type_name
+from mini_vllm.ops.cuda.kernel import DTYPES, Kernel, TensorMap, type_name
 
 MAX_HEAD_DIM = 256
 MAX_ROPE_HEAD_DIM = 128
@@ -137,6 +139,43 @@ class DecodeTile:
 
 
 @dataclass(frozen=True)
+class BoxTile:
+    """The shape of paged_attention_sm90: blocks for `heads` KV heads, each with a ring of `slots` boxes."""
+
+    heads: int
+    slots: int
+    per_sm: int  # blocks of a multiprocessor
+
+    MIN_SEQUENCE_HEADS = 1024  # sequences times KV heads; with fewer, paged_attention is as fast or faster
+    MAX_GROUP_SIZE = 8
+    MAX_HEADS = 8
+    MAX_WARPS = 10  # of a multiprocessor
+    MAX_SLOTS = 20
+    RING_BYTES = 192 << 10  # of a multiprocessor: so that it has no room for another block of the next launch
+    TILE_KEYS = 16
+
+    @classmethod
+    def of(cls, num_kv_heads: int, head_dim: int) -> BoxTile:
+        """With as many heads as there may be: they lie together in memory."""
+        heads = max(n for n in range(1, cls.MAX_HEADS + 1) if num_kv_heads % n == 0)
+        per_sm = cls.MAX_WARPS // (heads + 1)
+        slots = cls.RING_BYTES // (per_sm * cls.TILE_KEYS * heads * head_dim * 2)
+        return cls(heads, min(cls.MAX_SLOTS, slots), per_sm)
+
+    def shared_memory(self, head_dim: int, group_size: int) -> int:
+        own = group_size * (head_dim + ROW_PADDING) + 2 * head_dim
+        return 2 * self.heads * (self.slots * self.TILE_KEYS * head_dim + own)
+
+    @staticmethod
+    def serves(head_dim: int) -> bool:
+        return head_dim in (64, 128)
+
+    @staticmethod
+    def kernel(dtype: np.dtype, head_dim: int) -> Kernel:
+        return _kernel("paged_attention_sm90.cu", f"paged_attention_sm90<{type_name(dtype)}, {head_dim}>")
+
+
+@dataclass(frozen=True)
 class ClusterTile:
     """The shape of decode_attention: a cluster of blocks for each sequence and KV head."""
 
@@ -168,6 +207,16 @@ MORE_SEQUENCES = {64: ClusterTile(4, 4, 2)}
 """By the number of sequences times KV heads up to which they serve: beside fused_gemv.cu, and beside other products."""
 
 
+@functools.lru_cache(maxsize=1024)
+def _cache_map(address: int, shape: tuple[int, ...], box_heads: int) -> TensorMap:
+    """A cache [blocks, block_size, Hkv, D] as [Hkv D / 64, slots, 64], in boxes of 16 slots and some heads."""
+    blocks, block_size, num_kv_heads, head_dim = shape
+    sizes = 64, blocks * block_size, num_kv_heads * head_dim // 64
+    box = BoxTile.TILE_KEYS, box_heads * head_dim // 64
+    # Were 256 bytes fetched at a time, what the box wants next would come twice: 5 % slower.
+    return TensorMap(address, sizes, (2 * num_kv_heads * head_dim, 128), box, l2_bytes=128)
+
+
 def _plain_kernel(dtype: np.dtype, head_dim: int) -> Kernel:
     return _kernel("flash_attention.cu", f"plain_attention<{type_name(dtype)}, {-(-head_dim // 32)}>")
 
@@ -176,8 +225,9 @@ def _workspace_bytes(num_sms: int) -> int:
     """Room for the partial results of all blocks, whichever kernel needs more."""
     heads = 16
     decode = 2 * DecodeTile.MAX_BLOCKS_PER_SM * heads * (8 + (MAX_HEAD_DIM + 4) * 4)
+    boxes = 2 * BoxTile.MAX_WARPS * (MAX_ROPE_HEAD_DIM // 16 + 1) * 32 * 16
     prefill = HopperTile.BLOCK_M * (MAX_HEAD_DIM + 8) * 4
-    return num_sms * max(decode, prefill)
+    return num_sms * max(decode, boxes, prefill)
 
 
 def _uses_tensor_cores(dtype: np.dtype, head_dim: int) -> bool:
@@ -204,6 +254,8 @@ def instances(
                 kernels.append(PrefillTile.of(head_dim).kernel(dtype, head_dim))
             if compute_capability in (HOPPER, None):
                 kernels.append(HopperTile.kernel(dtype, head_dim))
+                if BoxTile.serves(head_dim):
+                    kernels.append(BoxTile.kernel(dtype, head_dim))
             for group_size in (8, 16):
                 tile = DecodeTile.of(head_dim, group_size)
                 kernels += [tile.kernel(dtype, head_dim, rope) for rope in (False, head_dim <= MAX_ROPE_HEAD_DIM)]
@@ -224,7 +276,7 @@ class Attention:
 
     Args:
         info: the GPU.
-        wgmma: prefill with Hopper's own kernel; by default where there is one.
+        wgmma: use Hopper's own kernels for prefill and large batches; by default where it is one.
     """
 
     def __init__(self, info: DeviceInfo, wgmma: bool | None = None) -> None:
@@ -233,7 +285,7 @@ class Attention:
         # Some MiB, whatever batch and context come. Made here because it must neither move nor grow under a graph.
         self._partials = cupy.empty(_workspace_bytes(info.num_sms), np.uint8)
         # Counters, zero between launches: each launch clears what it has counted.
-        self._arrivals = cupy.zeros(DecodeTile.MAX_BLOCKS_PER_SM * info.num_sms, np.int32)
+        self._arrivals = cupy.zeros(BoxTile.MAX_WARPS * info.num_sms, np.int32)
         self._work = cupy.zeros(2, np.int32)
 
     def __call__(
@@ -332,31 +384,49 @@ class Attention:
         rope = rope_table, q_norm, k_norm, meta.slot_mapping
         sizes = tuple(map(np.int32, (meta.block_tables.shape[1], block_size, num_kv_heads, group_size)))
         rules = np.float32(scale), np.int32(NO_WINDOW if window is None else min(window, NO_WINDOW))
-        tile = self._cluster_tile(num_tokens, num_kv_heads, group_size, head_dim, qkv.itemsize)
-        if tile is None:
-            arrays = (out, qkv, k_cache, v_cache, meta.cu_seqlens_q, meta.seq_lens, meta.block_tables)
-            self._decode(arrays, rope, (np.int32(num_sequences), *sizes), eps, rules, head_dim, group_size)
-        else:
-            args = (
-                out,
-                qkv,
-                k_cache,
-                v_cache,
-                *rope,
-                meta.seq_lens,
-                meta.block_tables,
-                *sizes,
-                np.float32(eps),
-                *rules,
-            )
+        if tile := self._cluster_tile(num_tokens, num_kv_heads, group_size, head_dim, qkv.itemsize):
+            arrays = out, qkv, k_cache, v_cache, *rope, meta.seq_lens, meta.block_tables
             shared = tile.shared_memory(head_dim, group_size, qkv.itemsize)
-            tile.kernel(qkv.dtype, head_dim)((tile.blocks, num_kv_heads, num_tokens), (32 * tile.warps,), args, shared)
+            tile.kernel(qkv.dtype, head_dim)(
+                (tile.blocks, num_kv_heads, num_tokens),
+                (32 * tile.warps,),
+                (*arrays, *sizes, np.float32(eps), *rules),
+                shared,
+            )
+        elif self._fetches_boxes(num_tokens, k_cache, group_size):
+            box = BoxTile.of(num_kv_heads, head_dim)
+            maps = (_cache_map(cache.data.ptr, cache.shape, box.heads) for cache in (k_cache, v_cache))
+            arrays = out, qkv, *maps, k_cache, v_cache, meta.seq_lens, meta.block_tables, *rope
+            groups = num_kv_heads // box.heads
+            BoxTile.kernel(qkv.dtype, head_dim)(
+                (max(1, box.per_sm * self._info.num_sms // groups), groups),
+                (32 * (box.heads + 1),),
+                (
+                    *(*arrays, self._partials, self._arrivals, np.int32(num_sequences)),
+                    *(*sizes, np.int32(box.slots), np.float32(eps), *rules),
+                ),
+                box.shared_memory(head_dim, group_size),
+            )
+        else:
+            arrays = out, qkv, k_cache, v_cache, meta.cu_seqlens_q, meta.seq_lens, meta.block_tables
+            self._decode(arrays, rope, (np.int32(num_sequences), *sizes), eps, rules, head_dim, group_size)
         return out
+
+    def _fetches_boxes(self, num_sequences: int, k_cache: Array, group_size: int) -> bool:
+        """Whether paged_attention_sm90.cu is the way to go."""
+        _, block_size, num_kv_heads, head_dim = k_cache.shape
+        return (
+            self._wgmma
+            and BoxTile.serves(head_dim)
+            and block_size % BoxTile.TILE_KEYS == 0
+            and group_size <= BoxTile.MAX_GROUP_SIZE
+            and num_sequences * num_kv_heads >= BoxTile.MIN_SEQUENCE_HEADS
+        )
 
     def _cluster_tile(
         self, num_sequences: int, num_kv_heads: int, group_size: int, head_dim: int, itemsize: int
     ) -> ClusterTile | None:
-        """The shape of decode_attention.cu where that is the way to go; else paged_attention.cu is."""
+        """The shape of decode_attention.cu where that is the way to go."""
         tile = ClusterTile.of(num_sequences, num_kv_heads)
         if (
             tile is not None

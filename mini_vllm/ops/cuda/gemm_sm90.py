@@ -113,7 +113,7 @@ def instances(dtypes: Iterable[np.dtype]) -> list[Kernel]:
 
 @functools.lru_cache(maxsize=4096)
 def _weight_map(address: int, rows: int, columns: int, sharers: int) -> TensorMap:
-    return TensorMap(address, rows, columns, min(_HALF_OUTPUTS, _OUTPUTS // sharers))
+    return TensorMap.of_matrix(address, rows, columns, min(_HALF_OUTPUTS, _OUTPUTS // sharers))
 
 
 def plan_for(
@@ -194,7 +194,7 @@ def _cut(
 def _launch(name: str, cut: Plan, y: Array, x: Array, weight: Array, more: tuple) -> None:
     num_rows, num_outputs = y.shape
     tiles = -(-num_outputs // (_HALF_OUTPUTS if name == "gemm_swiglu_sm90" else _OUTPUTS))
-    maps = TensorMap(x.data.ptr, *x.shape, cut.rows), _weight_map(weight.data.ptr, *weight.shape, cut.sharers)
+    maps = TensorMap.of_matrix(x.data.ptr, *x.shape, cut.rows), _weight_map(weight.data.ptr, *weight.shape, cut.sharers)
     _kernel(name, x.dtype, cut.rows)(
         (tiles * cut.split, -(-num_rows // (cut.rows * cut.sharers)) * cut.sharers),
         (_THREADS,),

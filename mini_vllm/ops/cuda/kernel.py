@@ -271,27 +271,49 @@ def _describe(arg: Any) -> str:
 
 
 class TensorMap:
-    """How the copy engine of Hopper and later reads a matrix: in boxes of `box_rows` rows of 128 bytes, swizzled.
+    """How the copy engine of Hopper and later reads an array: in boxes of rows of 128 bytes, swizzled.
 
-    See wgmma.cuh. The matrix [rows, columns] has a 16-bit type and lies at `address`, a multiple of 16 bytes; its rows
-    are whole 16-byte vectors, one after the other. It must live as long as launches with the map.
+    See wgmma.cuh. The array has a 16-bit type and lies at `address`; that and all strides are multiples of 16 bytes. It
+    must live as long as launches with the map.
+
+    Args:
+        address: of the first element.
+        sizes: in elements, the innermost dimension first.
+        strides: in bytes, of all dimensions but the innermost, whose elements are neighbours.
+        box: sizes of a box, but for the innermost, of which it has 64 elements.
+        l2_bytes: 128 or 256, how much of memory is fetched when a part of it is wanted.
+
+    Raises:
+        LaunchError: the driver refuses them.
     """
 
-    _UINT16, _NO_INTERLEAVE, _SWIZZLE_128, _L2_256, _ZEROS = 1, 0, 3, 3, 0
+    _UINT16, _NO_INTERLEAVE, _SWIZZLE_128, _ZEROS = 1, 0, 3, 0
+    _L2_128, _L2_256 = 2, 3
     _ALIGNMENT = 64
     _BOX_COLUMNS = 64
 
-    def __init__(self, address: int, rows: int, columns: int, box_rows: int) -> None:
+    def __init__(
+        self, address: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int], l2_bytes: int = 256
+    ) -> None:
+        rank, box = len(sizes), (self._BOX_COLUMNS, *box)
         self._buffer = ctypes.create_string_buffer(128 + self._ALIGNMENT)
         start = ctypes.addressof(self._buffer)
         self.address = start + -start % self._ALIGNMENT
         code = _driver().cuTensorMapEncodeTiled(
-            self.address, self._UINT16, 2, address, (ctypes.c_uint64 * 2)(columns, rows),
-            (ctypes.c_uint64 * 1)(2 * columns), (ctypes.c_uint32 * 2)(self._BOX_COLUMNS, box_rows),
-            (ctypes.c_uint32 * 2)(1, 1), self._NO_INTERLEAVE, self._SWIZZLE_128, self._L2_256, self._ZEROS,
+            self.address, self._UINT16, rank, address, (ctypes.c_uint64 * rank)(*sizes),
+            (ctypes.c_uint64 * (rank - 1))(*strides), (ctypes.c_uint32 * rank)(*box),
+            (ctypes.c_uint32 * rank)(*[1] * rank), self._NO_INTERLEAVE, self._SWIZZLE_128,
+            {128: self._L2_128, 256: self._L2_256}[l2_bytes], self._ZEROS,
         )  # fmt: skip
         if code:
-            raise LaunchError(f"no tensor map of [{rows}, {columns}] in boxes of {box_rows} rows: {_error_text(code)}")
+            raise LaunchError(
+                f"no tensor map of sizes {sizes}, strides {strides} in boxes of {box}: {_error_text(code)}"
+            )
+
+    @classmethod
+    def of_matrix(cls, address: int, rows: int, columns: int, box_rows: int) -> TensorMap:
+        """Of a matrix [rows, columns] without gaps, in boxes of `box_rows` rows and 64 columns."""
+        return cls(address, (columns, rows), (2 * columns,), (box_rows,))
 
 
 class _Function:

@@ -163,24 +163,30 @@ class Case:
 
 
 FEW = [1, 16, 17, 64, 333, 1000]
-SHAPES = [*attention.FEW_SEQUENCES.values(), *attention.MORE_SEQUENCES.values(), None]
+SHAPES = [
+    *attention.FEW_SEQUENCES.values(), *attention.MORE_SEQUENCES.values(),
+    "paged_attention_sm90.cu", "paged_attention.cu",
+]  # fmt: skip
 
 
 def use(shape, monkeypatch):
-    """This shape of decode_attention.cu for all batches, or for None paged_attention.cu."""
-    for shapes in ("FEW_SEQUENCES", "MORE_SEQUENCES"):
-        monkeypatch.setattr(attention, shapes, {1 << 20: shape})
+    """This shape of decode_attention.cu for all batches, or this other kernel, as far as it serves."""
+    shapes = {1 << 20: shape} if isinstance(shape, attention.ClusterTile) else {}
+    for name in ("FEW_SEQUENCES", "MORE_SEQUENCES"):
+        monkeypatch.setattr(attention, name, shapes)
+    least = {"paged_attention_sm90.cu": 0}.get(shape, 1 << 30)
+    monkeypatch.setattr(attention.BoxTile, "MIN_SEQUENCE_HEADS", least)
 
 
-@pytest.fixture(params=["decode_attention.cu", "paged_attention.cu"])
-def either_kernel(request, monkeypatch):
-    """What the engine takes for so many sequences, then the kernel that serves all others."""
-    if request.param == "paged_attention.cu":
-        use(None, monkeypatch)
+@pytest.fixture(params=["decode_attention.cu", "paged_attention_sm90.cu", "paged_attention.cu"])
+def each_kernel(request, monkeypatch):
+    """What the engine takes for so many sequences, then the kernels that serve others."""
+    if request.param != "decode_attention.cu":
+        use(request.param, monkeypatch)
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("either_kernel")
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 112, 128])
 def test_head_dims(dtype16, head_dim, norms):
@@ -188,7 +194,7 @@ def test_head_dims(dtype16, head_dim, norms):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("either_kernel")
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize(
     "heads", [(1, 1), (2, 1), (3, 1), (8, 1), (14, 2), (16, 8), (32, 8), (6, 6), (18, 2), (40, 1)], ids=str
 )
@@ -198,7 +204,7 @@ def test_heads(dtype16, heads, seq_lens):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("either_kernel")
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("num_sequences", [1, 2, 3, 4, 5, 8, 16, 32, 100, 300])
 def test_batch_sizes(dtype16, num_sequences):
     """Each shape of the kernel that is in use."""
@@ -222,28 +228,28 @@ def test_every_short_length(dtype16, shape, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("either_kernel")
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("block_size", [1, 7, 16, 32, 256])
 def test_block_sizes(dtype16, block_size):
     Case.make(FEW, dtype16, block_size=block_size).check()
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("either_kernel")
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("window", [1, 2, 17, 64, 65, 200, 10_000])
 def test_sliding_window(dtype16, window):
     Case.make(FEW, dtype16, window=window).check()
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("either_kernel")
+@pytest.mark.usefixtures("each_kernel")
 def test_padding_sequences(dtype16):
     # As in a captured graph whose batch is not full: they write nothing, and get zeros.
     Case.make([100, 30, 0, 0], dtype16, head_dim=128).check()
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("either_kernel")
+@pytest.mark.usefixtures("each_kernel")
 def test_repeats_bit_for_bit(dtype16, times):
     case = Case.make([30_000, 5], dtype16)
     arguments = case.on_device()
@@ -253,7 +259,7 @@ def test_repeats_bit_for_bit(dtype16, times):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("either_kernel")
+@pytest.mark.usefixtures("each_kernel")
 def test_graph_replay_on_new_lengths_and_tables(dtype16):
     batch, max_len = 4, 2048
     cases = [

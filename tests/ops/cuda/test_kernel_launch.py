@@ -93,9 +93,9 @@ def test_a_matrix_that_the_copy_engine_cannot_read_is_refused():
     if device.DeviceInfo.of().compute_capability < (9, 0):
         pytest.skip("needs tensor maps")
     matrix = cupy.zeros((4, 64), np.float16)
-    assert kernel.TensorMap(matrix.data.ptr, 4, 64, 4).address % 64 == 0
-    with pytest.raises(LaunchError, match=r"no tensor map of \[4, 60\] in boxes of 4 rows"):
-        kernel.TensorMap(matrix.data.ptr, 4, 60, 4)
+    assert kernel.TensorMap.of_matrix(matrix.data.ptr, 4, 64, 4).address % 64 == 0
+    with pytest.raises(LaunchError, match=r"no tensor map of sizes \(60, 4\), strides \(120,\) in boxes of \(64, 4\)"):
+        kernel.TensorMap.of_matrix(matrix.data.ptr, 4, 60, 4)
 
 
 def test_nothing_is_launched_for_an_empty_grid():
