@@ -156,6 +156,8 @@ class ModelRunner:
             drawn = self._drawn if self.runs_ahead else None
             last = None if host.last is None else self._to_device(host.last)
             hidden = self.model.forward(ids, positions, self._to_device(host.attn), self.kv, drawn, last)
+        if host.last is not None and len(host.logits_indices) == len(host.last.rows):
+            return hidden  # every sequence samples
         return ops.embedding(ops.to_device(host.logits_indices), hidden)  # a gather of rows is an embedding
 
     def _wait_for_tokens(
