@@ -68,7 +68,7 @@ class DecodeGraphRunner:
     def __init__(self, context: GraphContext, max_num_seqs: int) -> None:
         self._context, ops, model = context, context.ops, context.model
         self._sizes = padded_sizes(DECODE_SIZES, max_num_seqs)
-        self._inputs = StaticInputs(decode_columns(max_num_seqs), context.block_tables)
+        self._inputs = StaticInputs(decode_columns(max_num_seqs))
         self._allocator = GraphAllocator()
         ops.tune(self._sizes, model.projections, model.lm_head)
         self._graphs = {  # the largest first: the smaller ones then reuse its memory
@@ -104,7 +104,8 @@ class DecodeGraphRunner:
         """
         num_seqs = len(host.input_ids)
         size = padded_size(self._sizes, num_seqs)
-        self._inputs.upload(decode_values(host, batch), host.attn.block_tables)
+        self._inputs.upload(decode_values(host, batch))
+        self._context.block_tables.upload(host.attn.block_tables)
         self._graphs[size].replay()
         return self._graphs[size].result[:num_seqs]
 
@@ -121,7 +122,7 @@ class PromptGraphRunner:
         self._context, self.max_num_tokens = context, max_num_tokens
         model, ops, max_num_seqs = context.model, context.ops, len(context.block_tables.data)
         self._sizes = padded_sizes(PROMPT_SIZES, max_num_tokens)
-        self._inputs = StaticInputs(prompt_columns(max_num_tokens, max_num_seqs), context.block_tables)
+        self._inputs = StaticInputs(prompt_columns(max_num_tokens, max_num_seqs))
         # All graphs leave their result here: none keeps memory of its own, and so they all fit into the same.
         self._hidden = ops.zeros((max_num_tokens, model.config.hidden_size), ops.dtype)
         self._allocator = GraphAllocator()
@@ -155,7 +156,8 @@ class PromptGraphRunner:
         """
         num_tokens, wants_all = len(host.input_ids), host.last is None
         size = padded_size(self._sizes, num_tokens)
-        self._inputs.upload(prompt_values(host), host.attn.block_tables)
+        self._inputs.upload(prompt_values(host))
+        self._context.block_tables.upload(host.attn.block_tables)
         graph = self._graphs.get((size, wants_all))
         if graph is not None:
             graph.replay()
@@ -187,24 +189,23 @@ class BlockTables:
 
 
 class StaticInputs:
-    """The columns of steps for graphs to read, all in one buffer, and what else they read of a step.
+    """The columns that graphs read a step from, all in one buffer.
 
     Attributes:
         columns: {name: [rows]} on the GPU.
     """
 
-    def __init__(self, columns: Mapping[str, Column], block_tables: BlockTables) -> None:
-        self._layout, self._tables = columns, block_tables
+    def __init__(self, columns: Mapping[str, Column]) -> None:
+        self._layout = columns
         self._buffer = GPUBuffer(buffer_size(columns), np.uint8, num_hosts=2)
         arrays = *self._buffer.hosts, self._buffer.data
         *self._hosts, self.columns = (column_views(columns, array) for array in arrays)
-        self.upload({}, np.zeros((1, 1), np.int32))
+        self.upload({})
 
-    def upload(self, values: Mapping[str, np.ndarray], block_tables: np.ndarray) -> None:
-        """Enqueue a step's values, with padding behind them, and its block tables [B, blocks in use]."""
+    def upload(self, values: Mapping[str, np.ndarray]) -> None:
+        """Enqueue a step's values, with padding behind them."""
         fill_columns(self._layout, self._hosts[self._buffer.flip()], values)
         self._buffer.copy_from_host()
-        self._tables.upload(block_tables)
 
 
 class GraphAllocator(GPUAllocator):
