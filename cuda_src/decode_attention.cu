@@ -38,8 +38,8 @@
 // Clusters of 16 (1 x 4096: 8.45, 1 x 256: 4.07) need a GPU with as many free multiprocessors in one place.
 // 166 registers instead of 128: the same.
 #include "cluster.cuh"
+#include "decode_warp.cuh"
 #include "rope_heads.cuh"
-#include "softmax_state.cuh"
 
 constexpr int TILE = 16;  // keys of a warp at a time: the M of an mma
 constexpr int HEADS = 8;  // query heads of a block, the N of an mma; some may be padding
@@ -136,10 +136,9 @@ __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(WARPS * WARP_SIZE, 1
         }
     }
 
-    // ---- the tiles, as in paged_attention.cu: S^T = K Q^T, O^T = V^T P^T ----
+    // ---- the tiles ----
     const float scale_log2 = scale * LOG2_E;
-    float o[D / 16][4] = {};  // O^T: rows d, columns heads
-    SoftmaxState softmax[2];  // of heads pair and pair + 1; `sum` only over this lane's keys
+    DecodeResult<D, 1> result;
     const uint32_t k_lane = ((lane % 16) * ROW + lane / 16 * 8) * sizeof(T);
     const uint32_t v_lane = ((lane % 8 + lane / 16 * 8) * ROW + lane / 8 % 2 * 8) * sizeof(T);
 
@@ -159,51 +158,20 @@ __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(WARPS * WARP_SIZE, 1
         __syncwarp();  // the keys are there
         insert_newest(0);
 
-        float s[2][4] = {};
+        // S^T = K Q^T, in two chains of half the length
+        float s[1][2][4] = {};
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
             uint32_t a[4];
             ldmatrix_x4(a, stage + k_lane + k * 16 * sizeof(T));
-            mma<T>(s[k % 2], a, q_b[k][0], q_b[k][1]);
+            mma<T>(s[0][k % 2], a, q_b[k][0], q_b[k][1]);
         }
-        bool risen = false;
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const bool visible = tile * TILE + group + e / 2 * 8 < num_keys;
-            s[0][e] = visible ? (s[0][e] + s[1][e]) * scale_log2 : -INF;
-            risen |= s[0][e] > softmax[e % 2].max;
-        }
-        if (__any_sync(FULL_MASK, risen)) {
-#pragma unroll
-            for (int column = 0; column < 2; column++) {
-                float top = fmaxf(s[0][column], s[0][column + 2]);
-#pragma unroll
-                for (int offset = 4; offset < WARP_SIZE; offset *= 2) {
-                    top = fmaxf(top, __shfl_xor_sync(FULL_MASK, top, offset));
-                }
-                const float factor = softmax[column].raise(top);
-#pragma unroll
-                for (int m = 0; m < D / 16; m++) {
-                    o[m][column] *= factor;
-                    o[m][column + 2] *= factor;
-                }
-            }
-        }
-        uint32_t p[2];  // P^T, rounded to T, as B fragments
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float first = softmax[0].add(s[0][2 * half]), second = softmax[1].add(s[0][2 * half + 1]);
-            p[half] = movmatrix_trans(pack<T>(first, second));
-        }
+        uint32_t p[1][2];
+        result.template weigh<T>(p, s, lane, scale_log2, [&](int row) { return tile * TILE + row < num_keys; });
         cp_async_wait<2 * STAGES - 2>();
         __syncwarp();  // the values are there
         insert_newest(1);
-#pragma unroll
-        for (int m = 0; m < D / 16; m++) {
-            uint32_t a[4];
-            ldmatrix_x4_trans(a, stage + HALF_STAGE + v_lane + m * 16 * sizeof(T));
-            mma<T>(o[m], a, p[0], p[1]);
-        }
+        result.template add_values<T>(p, [&](int m) { return stage + HALF_STAGE + v_lane + m * 16 * sizeof(T); });
         __syncwarp();  // all lanes are done with the stage
         load(i + STAGES, slot_ahead);
         slot_ahead = find_slot(i + STAGES + 1);
@@ -212,22 +180,9 @@ __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(WARPS * WARP_SIZE, 1
     // ---- merge the warps, through the shared memory that the keys and values have left ----
     cp_async_wait<0>();
     __syncwarp();
-    SoftmaxState* warp_states = reinterpret_cast<SoftmaxState*>(warp_shared);
-    float* warp_o = reinterpret_cast<float*>(warp_shared + STATE_BYTES);
-#pragma unroll
-    for (int column = 0; column < 2; column++) {
-#pragma unroll
-        for (int offset = 4; offset < WARP_SIZE; offset *= 2) {
-            softmax[column].sum += __shfl_xor_sync(FULL_MASK, softmax[column].sum, offset);
-        }
-        const int member = pair + column;
-        if (group == 0) warp_states[member] = softmax[column];
-#pragma unroll
-        for (int m = 0; m < D / 16; m++) {
-            warp_o[member * O_ROW + m * 16 + group] = o[m][column];
-            warp_o[member * O_ROW + m * 16 + group + 8] = o[m][column + 2];
-        }
-    }
+    result.sum_up();
+    result.store(reinterpret_cast<SoftmaxState*>(warp_shared), reinterpret_cast<float*>(warp_shared + STATE_BYTES),
+                 O_ROW, lane);
     __syncthreads();
 
     PartialResult merged[COLUMNS];
@@ -261,11 +216,11 @@ __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(WARPS * WARP_SIZE, 1
     cluster_wait();  // all blocks have started
     if constexpr (CLUSTER > 1) {
         const int result_bytes = STATE_BYTES + group_size * O_ROW_BYTES;
-        const uint32_t result = cluster_address(shared_address(shared + WARPS * WARP_BYTES + rank * result_bytes), 0);
+        const uint32_t place = cluster_address(shared_address(shared + WARPS * WARP_BYTES + rank * result_bytes), 0);
         for_each_column([&](const PartialResult& own, int member, int d) {
             const float2 state = make_float2(own.softmax.max, own.softmax.sum);
-            if (d == 0) cluster_store(result + member * sizeof(SoftmaxState), state);
-            cluster_store(result + STATE_BYTES + member * O_ROW_BYTES + d * sizeof(float), own.o);
+            if (d == 0) cluster_store(place + member * sizeof(SoftmaxState), state);
+            cluster_store(place + STATE_BYTES + member * O_ROW_BYTES + d * sizeof(float), own.o);
         });
         cluster_arrive();
         cluster_wait();

@@ -58,10 +58,9 @@
 //     sequences 0.05, 0.10, 0.21 ms longer
 //   ROPE with the position and the norms' weights read for each piece: a decode step of Qwen3-0.6B with 256 sequences
 //     of 279 tokens 3.70 ms instead of 3.53, since what a piece waits for came one after the other
-#include "mma.cuh"
+#include "decode_warp.cuh"
 #include "ragged.cuh"
 #include "rope_heads.cuh"
-#include "softmax_state.cuh"
 
 constexpr int WARP_KEYS = 16;  // keys of a warp in a tile: the M of an mma
 constexpr int STAGES = 2;       // tiles in shared memory
@@ -217,8 +216,7 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE, D <= 128 && N_TILES == 1 ? 
         }
 
         const float scale_log2 = scale * LOG2_E;
-        float o[D / 16][N_TILES][4] = {};  // O^T: rows d, columns heads
-        SoftmaxState softmax[N_TILES][2];  // of heads pair and pair + 1; `sum` only over this lane's keys
+        DecodeResult<D, N_TILES> result;
 
         // Where this lane's row of an ldmatrix lies: of keys as they are, of values transposed.
         const uint32_t k_lane = ((lane % 16) * ROW + lane / 16 * 8) * sizeof(T);
@@ -252,61 +250,14 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE, D <= 128 && N_TILES == 1 ? 
             }
 
             const int first_key = warp_begin + tile * TILE_KEYS;
-            bool risen = false;
-#pragma unroll
-            for (int n = 0; n < N_TILES; n++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const bool visible = first_key + group + e / 2 * 8 < seq_len;
-                    s[n][0][e] = visible ? (s[n][0][e] + s[n][1][e]) * scale_log2 : -INF;
-                    risen |= s[n][0][e] > softmax[n][e % 2].max;
-                }
-            }
-            // The maximum over the keys is a trip around the warp, made only when it has risen for some lane.
-            if (__any_sync(FULL_MASK, risen)) {
-#pragma unroll
-                for (int n = 0; n < N_TILES; n++) {
-#pragma unroll
-                    for (int column = 0; column < 2; column++) {
-                        float top = fmaxf(s[n][0][column], s[n][0][column + 2]);
-#pragma unroll
-                        for (int offset = 4; offset < WARP_SIZE; offset *= 2) {
-                            top = fmaxf(top, __shfl_xor_sync(FULL_MASK, top, offset));
-                        }
-                        const float factor = softmax[n][column].raise(top);
-#pragma unroll
-                        for (int m = 0; m < D / 16; m++) {
-                            o[m][n][column] *= factor;
-                            o[m][n][column + 2] *= factor;
-                        }
-                    }
-                }
-            }
-
-            // P^T, rounded to T, as B fragments
             uint32_t p[N_TILES][2];
-#pragma unroll
-            for (int n = 0; n < N_TILES; n++) {
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const float first = softmax[n][0].add(s[n][0][2 * half]);
-                    const float second = softmax[n][1].add(s[n][0][2 * half + 1]);
-                    p[n][half] = movmatrix_trans(pack<T>(first, second));
-                }
-            }
+            result.template weigh<T>(p, s, lane, scale_log2, [&](int row) { return first_key + row < seq_len; });
 
             cp_async_wait<2 * STAGES - 2>();
             __syncwarp();  // the values are there
             insert_newest(1);
 
-            // O^T += V^T P^T
-#pragma unroll
-            for (int m = 0; m < D / 16; m++) {
-                uint32_t a[4];
-                ldmatrix_x4_trans(a, stage + HALF_STAGE + v_lane + m * 16 * sizeof(T));
-#pragma unroll
-                for (int n = 0; n < N_TILES; n++) mma<T>(o[m][n], a, p[n][0], p[n][1]);
-            }
+            result.template add_values<T>(p, [&](int m) { return stage + HALF_STAGE + v_lane + m * 16 * sizeof(T); });
             __syncwarp();  // all lanes are done with the stage
             load(tile + STAGES, slot_ahead);
             slot_ahead = find_slot(tile + STAGES + 1);
@@ -315,26 +266,9 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE, D <= 128 && N_TILES == 1 ? 
         // ---- merge the warps, through the shared memory that the keys and values have left ----
         cp_async_wait<0>();
         __syncwarp();
-        SoftmaxState* warp_states = reinterpret_cast<SoftmaxState*>(warp_shared);
-        float* warp_o = reinterpret_cast<float*>(warp_shared + STATE_BYTES);
-#pragma unroll
-        for (int n = 0; n < N_TILES; n++) {
-#pragma unroll
-            for (int column = 0; column < 2; column++) {
-                SoftmaxState& state = softmax[n][column];
-#pragma unroll
-                for (int offset = 4; offset < WARP_SIZE; offset *= 2) {
-                    state.sum += __shfl_xor_sync(FULL_MASK, state.sum, offset);
-                }
-                const int member = n * 8 + pair + column;
-                if (group == 0) warp_states[member] = state;
-#pragma unroll
-                for (int m = 0; m < D / 16; m++) {
-                    warp_o[member * O_ROW + m * 16 + group] = o[m][n][column];
-                    warp_o[member * O_ROW + m * 16 + group + 8] = o[m][n][column + 2];
-                }
-            }
-        }
+        result.sum_up();
+        result.store(reinterpret_cast<SoftmaxState*>(warp_shared), reinterpret_cast<float*>(warp_shared + STATE_BYTES),
+                     O_ROW, lane);
         __syncthreads();
 
         PartialResult merged[COLUMNS];
@@ -378,10 +312,10 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE, D <= 128 && N_TILES == 1 ? 
             const auto result_of = [&](int block) {
                 return partials + (2 * block + (block * share < tiles_begin)) * static_cast<int64_t>(RESULT_BYTES);
             };
-            uint8_t* result = result_of(blockIdx.x);
+            uint8_t* partial = result_of(blockIdx.x);
             for_each_column([&](const PartialResult& own, int member, int d) {
-                if (d == 0) reinterpret_cast<SoftmaxState*>(result)[member] = own.softmax;
-                *reinterpret_cast<float4*>(result + STATE_BYTES + member * O_ROW_BYTES + d * sizeof(float)) = own.o;
+                if (d == 0) reinterpret_cast<SoftmaxState*>(partial)[member] = own.softmax;
+                *reinterpret_cast<float4*>(partial + STATE_BYTES + member * O_ROW_BYTES + d * sizeof(float)) = own.o;
             });
             __syncthreads();
             if (threadIdx.x == 0) {

@@ -17,21 +17,20 @@
 // a barrier between them: each has a head of its own. Blocks that share a sequence leave partial results, and of their
 // warps with a head the last to arrive merges them.
 //
-// Shared memory is filled on purpose: a multiprocessor that has room for a second block while the kernel in front ends
-// may get two, and others none.
+// The ring is as short as it can be without leaving room for another block: a multiprocessor that has room for one
+// while the kernel in front ends may get it, and others none.
 //
 // Bytes: K and V once, 4 D Hkv a key; partial results add 16 (D + 4) bytes a head at most twice a block.
 //
-// H200, bf16, 8 KV heads of 128, cache blocks of 16 in random order, launched again and again for a second, us and mJ a
-// launch; beside it paged_attention.cu on the same machine, and a plain read of as many bytes:
-//                              256 x 608       256 x 288      64 x 608       32 x 304       16 x 1008
-//   16 query heads          158.2,  89.1    80.5, 45.4    47.9, 24.9    18.6,  7.5    30.7, 12.1
-//     paged_attention.cu    159.6, 108.6    81.8, 56.1    42.9, 29.0    13.4,  7.8    24.0, 12.7
-//   32 query heads          156.4,  91.5
-//     paged_attention.cu    161.8, 108.6
-//   a read, other machines  142
-// On another machine 158.2 us against 166.7 for 256 x 608, where paged_attention.cu meets the power limit. To begin and
-// to end takes some 5 us more than there, where blocks of one launch begin beside those of the last.
+// H200, bf16, 8 KV heads of 128, cache blocks of 16 in random order, launched again and again for half a second, us and
+// mJ a launch; beside it paged_attention.cu on the same machine, and a plain read of as many bytes:
+//                           256 x 608      256 x 288      128 x 608      64 x 608      32 x 304      16 x 1008
+//   16 query heads        162.6, 103.6   83.9, 51.5     87.7, 53.9     50.6, 28.0    18.8, 8.3     29.2, 13.1
+//     paged_attention.cu  168.0, 124.6   87.2, 62.0     89.1, 63.1     47.6, 32.4    14.2, 8.5     24.6, 13.8
+//   32 query heads        162.7, 105.2
+//     paged_attention.cu  171.6, 118.4
+//   a read                149.1, 109.2
+// To begin and to end takes some 5 us more than there, where blocks of one launch begin beside those of the last.
 //
 // Who reads how (671 MB of keys and values in random blocks of 16; us and mJ; nothing computed):
 //   a plain read, in order 147 to 152, 84 to 109 by machine
@@ -39,7 +38,6 @@
 //   the same, its neighbours with the other heads of the same rows 154, 100
 //   cp.async.bulk, 32 KiB at a time 148, 81; 2 KiB 159, 92; 256 bytes 566, for the copy engine takes 28 ns for each
 //   boxes of 64 elements x 16 rows x 16, as here 154, 98; with 256 bytes fetched into L2 at a time 162, 101
-//   3 to 6 slots in the ring: the same
 // Tried:
 //   cp.async by each warp for its head, no fetching warp: 256 x 608 170 to 179 us (163), 64 x 608 48 to 56
 //   in paged_attention.cu, a row with one cp.async.bulk: 164.2 (163.1), 118 mJ (113)
@@ -47,35 +45,27 @@
 //     no change
 //   3 slots, so that two blocks fit on a multiprocessor: 157.4 us alone, but nano with Qwen3-0.6B fell from 27,150 to
 //     22,900 tok/s: blocks that start while the kernel in front ends do not spread evenly
-#include "mma.cuh"
+// Tried within a layer of Qwen3-0.6B, from the QKV to the down projection, us with 256 sequences of 608 in the mean:
+//   6 slots instead of 4: 202.4 instead of 201.4
+//   room for a block of the QKV product, which then has half of the shared memory, so that this kernel begins beside
+//     it: 205.9 instead of 203.0, since a ring half as long costs the product more; and for the output projection 207.1
+//   both halves of the batch in branches of the graph, attention of the one beside products of the other: 202.1 at best
+//     instead of 203.0; 64 sequences of 900 95.2 (90.0), a layer of Qwen3-8B 514 (350). Products crawl where the memory
+//     has so much to fetch, and each reads its weight twice
+//   the fetching warp, when it is done, asks for the first 1, 2 or 4 tiles of each block in the next layer to come into
+//     L2: 204.4, 206.4, 209.4 instead of 203.5; a kernel of its own does so beside the QKV product: no change
+#include "decode_warp.cuh"
 #include "ragged.cuh"
 #include "rope_heads.cuh"
-#include "softmax_state.cuh"
 #include "wgmma.cuh"
 
 constexpr int MAX_WARPS = 8;  // that compute
 
-// A warp's result under way, as the fragments that its lanes hold: heads pair and pair + 1.
-template <int D>
-struct WarpResult {
-    float o[D / 16][4] = {};  // O^T: rows d, columns heads
-    SoftmaxState softmax[2];  // `sum` only over this lane's keys
-
-    // Raises both maxima to what all lanes with these heads agree on.
-    __device__ void raise(float first, float second) {
-        const float factors[2] = {softmax[0].raise(first), softmax[1].raise(second)};
-#pragma unroll
-        for (int m = 0; m < D / 16; m++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) o[m][e] *= factors[e % 2];
-        }
-    }
-};
-
-// A part of a block's share: tiles [first_tile, first_tile + count) of a sequence, counted from its first key.
+// A part of a block's share: `count` tiles of a sequence, from first_key on.
 struct Piece {
     int next, end;  // units of the batch: where this piece begins, and where the block's share ends
-    int sequence, first_unit, units, first_tile, count, seq_len, first_key;
+    int sequence, first_unit, units, of_sequence;  // this piece's units, and how many its sequence has
+    int count, seq_len, first_key;
 };
 
 template <typename T, int D>
@@ -128,11 +118,12 @@ __global__ void __launch_bounds__((MAX_WARPS + 1) * WARP_SIZE)
         return min(static_cast<int>(blockIdx.x) * share, total);
     });
     const auto describe = [&](Piece& piece) {
-        piece.units = min(num_units(piece.sequence) - piece.first_unit, piece.end - piece.next);
-        piece.first_tile = max(0, piece.first_unit - PIECE_COST);
+        piece.of_sequence = num_units(piece.sequence);
+        piece.units = min(piece.of_sequence - piece.first_unit, piece.end - piece.next);
         piece.seq_len = seq_lens[piece.sequence];
-        piece.first_key = first_key_of(piece.seq_len) + piece.first_tile * TILE_KEYS;
-        piece.count = piece.seq_len == 0 ? 0 : max(0, piece.first_unit + piece.units - PIECE_COST - piece.first_tile);
+        const int first_tile = max(0, piece.first_unit - PIECE_COST);
+        piece.first_key = first_key_of(piece.seq_len) + first_tile * TILE_KEYS;
+        piece.count = piece.seq_len == 0 ? 0 : max(0, piece.first_unit + piece.units - PIECE_COST - first_tile);
     };
     const auto go_on = [&](Piece& piece) {  // a piece that is not the last ends with its sequence
         piece.next += piece.units;
@@ -200,11 +191,10 @@ __global__ void __launch_bounds__((MAX_WARPS + 1) * WARP_SIZE)
             }
         }
         if (piece.count == 0) continue;
-        const int units = num_units(sequence);
 
         __syncwarp();  // what the last piece had in shared memory has been read
         rope.load_position(rope_table, seq_len - 1);
-        const bool has_newest = piece.first_unit + piece.units == units;
+        const bool has_newest = piece.first_unit + piece.units == piece.of_sequence;
         const int num_q_heads = num_kv_heads * group_size;
         const T* token = qkv + static_cast<int64_t>(sequence) * (num_q_heads + 2 * num_kv_heads) * D;
         const int64_t new_slot = slot_mapping[sequence];
@@ -213,8 +203,7 @@ __global__ void __launch_bounds__((MAX_WARPS + 1) * WARP_SIZE)
                                                      v_cache, new_slot, 0);
         __syncwarp();
 
-        WarpResult<D> result;
-        SoftmaxState(&softmax)[2] = result.softmax;
+        DecodeResult<D, 1> result;
         const int first_visible = max(0, seq_len - window);
         int first_key = piece.first_key;
         for (int tile = 0; tile < piece.count; tile++, first_key += TILE_KEYS) {
@@ -251,62 +240,33 @@ __global__ void __launch_bounds__((MAX_WARPS + 1) * WARP_SIZE)
             wait_for_slot();
             if (is_partial) complete(0);
             // S^T = K Q^T, in two chains of half the length
-            float s[2][4] = {};
+            float s[1][2][4] = {};
             const uint32_t keys = shared_address(place) + k_row * SWIZZLE_ROW;
 #pragma unroll
             for (int k = 0; k < D / 16; k += 2) {
                 uint32_t a[4], b[4];
                 ldmatrix_x4(b, q_lane + k * 16 * sizeof(T));
                 ldmatrix_x4(a, keys + column_offset(k_chunk, k));
-                mma<T>(s[0], a, b[0], b[1]);
+                mma<T>(s[0][0], a, b[0], b[1]);
                 ldmatrix_x4(a, keys + column_offset(k_chunk, k + 1));
-                mma<T>(s[1], a, b[2], b[3]);
+                mma<T>(s[0][1], a, b[2], b[3]);
             }
             release_slot();
 
-            bool risen = false;
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                s[0][e] = is_visible(group + e / 2 * 8) ? (s[0][e] + s[1][e]) * scale_log2 : -INF;
-                risen |= s[0][e] > softmax[e % 2].max;
-            }
-            // The maximum over the keys is a trip around the warp, made only when it has risen for some lane.
-            if (__any_sync(FULL_MASK, risen)) {
-                float top[2];
-#pragma unroll
-                for (int column = 0; column < 2; column++) {
-                    top[column] = fmaxf(s[0][column], s[0][column + 2]);
-#pragma unroll
-                    for (int offset = 4; offset < WARP_SIZE; offset *= 2) {
-                        top[column] = fmaxf(top[column], __shfl_xor_sync(FULL_MASK, top[column], offset));
-                    }
-                }
-                result.raise(top[0], top[1]);
-            }
-            // P^T, rounded to T, as B fragments
-            uint32_t p[2];
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float first = softmax[0].add(s[0][2 * half]), second = softmax[1].add(s[0][2 * half + 1]);
-                p[half] = movmatrix_trans(pack<T>(first, second));
-            }
+            uint32_t p[1][2];
+            result.template weigh<T>(p, s, lane, scale_log2, is_visible);
 
             wait_for_slot();
             if (is_partial) complete(1);
-            // O^T += V^T P^T
             const uint32_t values = shared_address(place) + v_row * SWIZZLE_ROW;
-#pragma unroll
-            for (int m = 0; m < D / 16; m++) {
-                uint32_t a[4];
-                ldmatrix_x4_trans(a, values + column_offset(v_chunk, m));
-                mma<T>(result.o[m], a, p[0], p[1]);
-            }
+            result.template add_values<T>(p, [&](int m) { return values + column_offset(v_chunk, m); });
             release_slot();
         }
 
         // ---- merge the blocks that share this sequence: first_block to last_block ----
         const int tiles_begin = piece.next - piece.first_unit + PIECE_COST;  // where the sequence's tiles begin
-        const int first_block = tiles_begin / share, last_block = (tiles_begin + units - PIECE_COST - 1) / share;
+        const int last_tile = tiles_begin + piece.of_sequence - PIECE_COST - 1;
+        const int first_block = tiles_begin / share, last_block = last_tile / share;
         if (first_block != last_block) {
             const auto number_of = [&](int block) { return (blockIdx.y * gridDim.x + block) * num_warps + warp; };
             // At most the first and the last piece of a block are shared: it has two places for partial results.
@@ -319,10 +279,11 @@ __global__ void __launch_bounds__((MAX_WARPS + 1) * WARP_SIZE)
                 float4* own = result_of(blockIdx.x);
 #pragma unroll
                 for (int m = 0; m < D / 16; m++) {
-                    const float(&o)[4] = result.o[m];
+                    const float(&o)[4] = result.o[m][0];
                     own[m * WARP_SIZE] = make_float4(o[0], o[1], o[2], o[3]);
                 }
-                own[D / 16 * WARP_SIZE] = make_float4(softmax[0].max, softmax[0].sum, softmax[1].max, softmax[1].sum);
+                const SoftmaxState(&states)[2] = result.softmax[0];
+                own[D / 16 * WARP_SIZE] = make_float4(states[0].max, states[0].sum, states[1].max, states[1].sum);
             }
             __syncwarp();
             bool is_last = false;
@@ -334,7 +295,7 @@ __global__ void __launch_bounds__((MAX_WARPS + 1) * WARP_SIZE)
                 __threadfence();
             }
             if (!__shfl_sync(FULL_MASK, is_last, 0)) continue;
-            result = WarpResult<D>();  // in the order of blocks, whoever does it: the same sums each time
+            result = DecodeResult<D, 1>();  // in the order of blocks, whoever does it: the same sums each time
 #pragma unroll 1
             for (int block = first_block; block <= last_block && has_heads; block++) {
                 const float4* other = result_of(block);
@@ -342,31 +303,26 @@ __global__ void __launch_bounds__((MAX_WARPS + 1) * WARP_SIZE)
                 float4 o[D / 16];
 #pragma unroll
                 for (int m = 0; m < D / 16; m++) o[m] = __ldcg(other + m * WARP_SIZE);
-                result.raise(states.x, states.z);
-                const float first = softmax[0].add({states.x, states.y}), second = softmax[1].add({states.z, states.w});
+                result.raise(0, 0, states.x);
+                result.raise(0, 1, states.z);
+                const float first = result.softmax[0][0].add({states.x, states.y});
+                const float second = result.softmax[0][1].add({states.z, states.w});
 #pragma unroll
                 for (int m = 0; m < D / 16; m++) {
-                    result.o[m][0] += first * o[m].x, result.o[m][1] += second * o[m].y;
-                    result.o[m][2] += first * o[m].z, result.o[m][3] += second * o[m].w;
+                    float(&sum)[4] = result.o[m][0];
+                    sum[0] += first * o[m].x, sum[1] += second * o[m].y;
+                    sum[2] += first * o[m].z, sum[3] += second * o[m].w;
                 }
             }
             __syncwarp();
         }
-        float inverse[2];
-#pragma unroll
-        for (int column = 0; column < 2; column++) {
-            SoftmaxState& state = softmax[column];
-#pragma unroll
-            for (int offset = 4; offset < WARP_SIZE; offset *= 2) {
-                state.sum += __shfl_xor_sync(FULL_MASK, state.sum, offset);
-            }
-            inverse[column] = state.inverse_sum();
-        }
+        result.sum_up();
+        const float inverse[2] = {result.softmax[0][0].inverse_sum(), result.softmax[0][1].inverse_sum()};
 #pragma unroll
         for (int m = 0; m < D / 16; m++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float(&o)[4] = result.o[m];
+                const float(&o)[4] = result.o[m][0];
                 const uint32_t two = movmatrix_trans(pack<T>(o[2 * half] * inverse[0], o[2 * half + 1] * inverse[1]));
                 if (group >= group_size) continue;
                 *reinterpret_cast<uint32_t*>(out + (q_row + group) * D + m * 16 + half * 8 + pair) = two;
