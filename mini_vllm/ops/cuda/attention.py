@@ -151,20 +151,30 @@ class BoxTile:
     MAX_HEADS = 8
     MAX_WARPS = 10  # of a multiprocessor
     MAX_SLOTS = 20
-    RING_BYTES = 192 << 10  # of a multiprocessor: so that it has no room for another block of the next launch
     TILE_KEYS = 16
+    SM_SHARED_MEMORY = 228 << 10  # of a multiprocessor
+    BLOCK_COST = 2 << 10  # of it, besides dynamic shared memory: what the compiler lays out, and the system's part
 
     @classmethod
     def of(cls, num_kv_heads: int, head_dim: int) -> BoxTile:
-        """With as many heads as there may be: they lie together in memory."""
+        """With as many heads as there may be, since they lie together in memory.
+
+        And with as few slots as keep another block out: were there room, some multiprocessors would get one more while
+        the kernel in front ends, and others none.
+        """
         heads = max(n for n in range(1, cls.MAX_HEADS + 1) if num_kv_heads % n == 0)
         per_sm = cls.MAX_WARPS // (heads + 1)
-        slots = cls.RING_BYTES // (per_sm * cls.TILE_KEYS * heads * head_dim * 2)
-        return cls(heads, min(cls.MAX_SLOTS, slots), per_sm)
+        without_ring = cls(heads, 0, per_sm).shared_memory(head_dim, group_size=1)
+        room = cls.SM_SHARED_MEMORY // (per_sm + 1) - cls.BLOCK_COST - without_ring
+        return cls(heads, room // cls._slot_bytes(heads, head_dim) + 1, per_sm)
+
+    @classmethod
+    def _slot_bytes(cls, heads: int, head_dim: int) -> int:
+        return 2 * cls.TILE_KEYS * heads * head_dim
 
     def shared_memory(self, head_dim: int, group_size: int) -> int:
-        own = group_size * (head_dim + ROW_PADDING) + 2 * head_dim
-        return 2 * self.heads * (self.slots * self.TILE_KEYS * head_dim + own)
+        own = group_size * (head_dim + ROW_PADDING) + 2 * head_dim  # q and the new key and value of a head
+        return self.slots * self._slot_bytes(self.heads, head_dim) + 2 * self.heads * own
 
     @staticmethod
     def serves(head_dim: int) -> bool:
@@ -268,6 +278,53 @@ def instances(
 # ---- launching ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _DecodeStep:
+    """What the decode kernels are told: of a step's shapes, and of what lies where."""
+
+    out: Array
+    x: Array  # q [T, Hq, D]; with rope the output of the QKV projection, [T, (Hq + 2 Hkv) D]
+    k_cache: Array
+    v_cache: Array
+    meta: AttentionMetadata
+    group_size: int
+    scale: float
+    window: int | None
+    rope: tuple[Array | None, ...] = (None,) * 4  # rope_table, q_norm, k_norm, slot_mapping, if q is still to be made
+    eps: float = 0.0
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.meta.seq_lens)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k_cache.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.k_cache.shape[3]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.x.dtype
+
+    @property
+    def sizes(self) -> tuple[np.int32, ...]:
+        """max_blocks, block_size, num_kv_heads, group_size."""
+        max_blocks, block_size = self.meta.block_tables.shape[1], self.k_cache.shape[1]
+        return tuple(map(np.int32, (max_blocks, block_size, self.num_kv_heads, self.group_size)))
+
+    @property
+    def rules(self) -> tuple[np.float32, np.float32, np.int32]:
+        """eps, scale, window."""
+        return np.float32(self.eps), np.float32(self.scale), _window(self.window)
+
+
+def _window(window: int | None) -> np.int32:
+    return np.int32(NO_WINDOW if window is None else min(window, NO_WINDOW))
+
+
 class Attention:
     """`Ops.attention` on one GPU.
 
@@ -311,7 +368,7 @@ class Attention:
         arrays = (out, q, k_cache, v_cache, meta.cu_seqlens_q, meta.seq_lens, meta.block_tables)
         max_blocks, block_size = meta.block_tables.shape[1], k_cache.shape[1]
         sizes = tuple(map(np.int32, (num_sequences, max_blocks, block_size, num_kv_heads, group_size)))
-        rules = (np.float32(scale), np.int32(NO_WINDOW if window is None else min(window, NO_WINDOW)))
+        rules = np.float32(scale), _window(window)
 
         if not _uses_tensor_cores(dtype, head_dim):
             args = (*arrays, *sizes, np.int32(head_dim), *rules)
@@ -330,26 +387,8 @@ class Attention:
             tile.kernel(dtype, head_dim)((num_tiles * num_kv_heads,), (THREADS,), args, shared)
 
         if meta.max_seqlen_q <= 1 or num_sequences > 1 or num_tokens == 1:
-            self._decode(arrays, (None,) * 4, sizes, 0.0, rules, head_dim, group_size)
+            self._launch_paged(_DecodeStep(out, q, k_cache, v_cache, meta, group_size, scale, window))
         return out
-
-    def _decode(
-        self,
-        arrays: tuple[Array, ...],
-        rope: tuple[Array | None, ...],
-        sizes: tuple[np.int32, ...],
-        eps: float,
-        rules: tuple[np.float32, np.int32],
-        head_dim: int,
-        group_size: int,
-    ) -> None:
-        """Launch paged_attention.cu; rope: rope_table, q_norm, k_norm, slot_mapping, or None: q is made."""
-        dtype, tile = arrays[0].dtype, DecodeTile.of(head_dim, group_size)
-        blocks = tile.blocks(head_dim, dtype.itemsize, self._info)
-        few_blocks = np.int32(min(blocks, DecodeTile.FEW_BLOCKS_PER_SM * self._info.num_sms))
-        args = (*arrays, *rope, self._partials, self._arrivals, few_blocks, *sizes, np.float32(eps), *rules)
-        shared = tile.shared_memory(head_dim, dtype.itemsize)
-        tile.kernel(dtype, head_dim, rope[0] is not None)((blocks,), (tile.threads,), args, shared)
 
     def with_rope(
         self,
@@ -367,7 +406,7 @@ class Attention:
     ) -> Array | None:
         """`Ops.rope_attention` in one launch, for decode steps; None for all others."""
         num_tokens, width = qkv.shape
-        block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+        num_kv_heads, head_dim = k_cache.shape[2:]
         num_q_heads = width // head_dim - 2 * num_kv_heads
         group_size, num_sequences = num_q_heads // num_kv_heads, len(meta.seq_lens)
         # That no sequence sees another one's new key is what lets a block make it for itself, and load others early.
@@ -382,60 +421,85 @@ class Attention:
         self._check(qkv.reshape(num_tokens, -1, head_dim)[:, :num_q_heads], k_cache, v_cache, meta, scale, window)
         out = cupy.empty((num_tokens, num_q_heads * head_dim), qkv.dtype)
         rope = rope_table, q_norm, k_norm, meta.slot_mapping
-        sizes = tuple(map(np.int32, (meta.block_tables.shape[1], block_size, num_kv_heads, group_size)))
-        rules = np.float32(scale), np.int32(NO_WINDOW if window is None else min(window, NO_WINDOW))
-        if tile := self._cluster_tile(num_tokens, num_kv_heads, group_size, head_dim, qkv.itemsize):
-            arrays = out, qkv, k_cache, v_cache, *rope, meta.seq_lens, meta.block_tables
-            shared = tile.shared_memory(head_dim, group_size, qkv.itemsize)
-            tile.kernel(qkv.dtype, head_dim)(
-                (tile.blocks, num_kv_heads, num_tokens),
-                (32 * tile.warps,),
-                (*arrays, *sizes, np.float32(eps), *rules),
-                shared,
-            )
-        elif self._fetches_boxes(num_tokens, k_cache, group_size):
-            box = BoxTile.of(num_kv_heads, head_dim)
-            maps = (_cache_map(cache.data.ptr, cache.shape, box.heads) for cache in (k_cache, v_cache))
-            arrays = out, qkv, *maps, k_cache, v_cache, meta.seq_lens, meta.block_tables, *rope
-            groups = num_kv_heads // box.heads
-            BoxTile.kernel(qkv.dtype, head_dim)(
-                (max(1, box.per_sm * self._info.num_sms // groups), groups),
-                (32 * (box.heads + 1),),
-                (
-                    *(*arrays, self._partials, self._arrivals, np.int32(num_sequences)),
-                    *(*sizes, np.int32(box.slots), np.float32(eps), *rules),
-                ),
-                box.shared_memory(head_dim, group_size),
-            )
+        step = _DecodeStep(out, qkv, k_cache, v_cache, meta, group_size, scale, window, rope, eps)
+        if tile := self._cluster_tile(step):
+            self._launch_clusters(step, tile)
+        elif self._fetches_boxes(step):
+            self._launch_boxes(step, BoxTile.of(num_kv_heads, head_dim))
         else:
-            arrays = out, qkv, k_cache, v_cache, meta.cu_seqlens_q, meta.seq_lens, meta.block_tables
-            self._decode(arrays, rope, (np.int32(num_sequences), *sizes), eps, rules, head_dim, group_size)
+            self._launch_paged(step)
         return out
 
-    def _fetches_boxes(self, num_sequences: int, k_cache: Array, group_size: int) -> bool:
-        """Whether paged_attention_sm90.cu is the way to go."""
-        _, block_size, num_kv_heads, head_dim = k_cache.shape
-        return (
-            self._wgmma
-            and BoxTile.serves(head_dim)
-            and block_size % BoxTile.TILE_KEYS == 0
-            and group_size <= BoxTile.MAX_GROUP_SIZE
-            and num_sequences * num_kv_heads >= BoxTile.MIN_SEQUENCE_HEADS
-        )
-
-    def _cluster_tile(
-        self, num_sequences: int, num_kv_heads: int, group_size: int, head_dim: int, itemsize: int
-    ) -> ClusterTile | None:
+    def _cluster_tile(self, step: _DecodeStep) -> ClusterTile | None:
         """The shape of decode_attention.cu where that is the way to go."""
-        tile = ClusterTile.of(num_sequences, num_kv_heads)
+        tile = ClusterTile.of(step.num_sequences, step.num_kv_heads)
         if (
             tile is not None
             and self._info.compute_capability >= HOPPER
-            and group_size <= ClusterTile.MAX_GROUP_SIZE
-            and tile.shared_memory(head_dim, group_size, itemsize) + 4096 <= self._info.max_shared_memory
+            and step.group_size <= ClusterTile.MAX_GROUP_SIZE
+            and tile.shared_memory(step.head_dim, step.group_size, step.dtype.itemsize) + 4096
+            <= self._info.max_shared_memory
         ):
             return tile
         return None
+
+    @staticmethod
+    def _launch_clusters(step: _DecodeStep, tile: ClusterTile) -> None:
+        """decode_attention.cu."""
+        meta = step.meta
+        tile.kernel(step.dtype, step.head_dim)(
+            (tile.blocks, step.num_kv_heads, step.num_sequences),
+            (32 * tile.warps,),
+            (
+                *(step.out, step.x, step.k_cache, step.v_cache),
+                *(*step.rope, meta.seq_lens, meta.block_tables),
+                *(*step.sizes, *step.rules),
+            ),
+            tile.shared_memory(step.head_dim, step.group_size, step.dtype.itemsize),
+        )
+
+    def _fetches_boxes(self, step: _DecodeStep) -> bool:
+        """Whether paged_attention_sm90.cu is the way to go."""
+        return (
+            self._wgmma
+            and BoxTile.serves(step.head_dim)
+            and step.k_cache.shape[1] % BoxTile.TILE_KEYS == 0
+            and step.group_size <= BoxTile.MAX_GROUP_SIZE
+            and step.num_sequences * step.num_kv_heads >= BoxTile.MIN_SEQUENCE_HEADS
+        )
+
+    def _launch_boxes(self, step: _DecodeStep, box: BoxTile) -> None:
+        """paged_attention_sm90.cu."""
+        meta, groups = step.meta, step.num_kv_heads // box.heads
+        maps = (_cache_map(cache.data.ptr, cache.shape, box.heads) for cache in (step.k_cache, step.v_cache))
+        BoxTile.kernel(step.dtype, step.head_dim)(
+            (max(1, box.per_sm * self._info.num_sms // groups), groups),
+            (32 * (box.heads + 1),),
+            (
+                *(step.out, step.x, *maps, step.k_cache, step.v_cache),
+                *(meta.seq_lens, meta.block_tables, *step.rope),
+                *(self._partials, self._arrivals, np.int32(step.num_sequences)),
+                *(*step.sizes, np.int32(box.slots), *step.rules),
+            ),
+            box.shared_memory(step.head_dim, step.group_size),
+        )
+
+    def _launch_paged(self, step: _DecodeStep) -> None:
+        """paged_attention.cu."""
+        meta, tile = step.meta, DecodeTile.of(step.head_dim, step.group_size)
+        blocks = tile.blocks(step.head_dim, step.dtype.itemsize, self._info)
+        few_blocks = min(blocks, DecodeTile.FEW_BLOCKS_PER_SM * self._info.num_sms)
+        tile.kernel(step.dtype, step.head_dim, rope=step.rope[0] is not None)(
+            (blocks,),
+            (tile.threads,),
+            (
+                *(step.out, step.x, step.k_cache, step.v_cache),
+                *(meta.cu_seqlens_q, meta.seq_lens, meta.block_tables, *step.rope),
+                *(self._partials, self._arrivals, np.int32(few_blocks), np.int32(step.num_sequences)),
+                *(*step.sizes, *step.rules),
+            ),
+            tile.shared_memory(step.head_dim, step.dtype.itemsize),
+        )
 
     @staticmethod
     def _check(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -37,6 +39,8 @@ def test_boxes(num_kv_heads, head_dim):
         tile.shared_memory(head_dim, group_size) + BOXES_STATIC + 1024 for group_size in (1, BoxTile.MAX_GROUP_SIZE)
     )
     assert tile.per_sm * largest <= HOPPERS_SHARED_MEMORY + 1024 < (tile.per_sm + 1) * smallest
+    shorter = replace(tile, slots=tile.slots - 1).shared_memory(head_dim, 1) + BOXES_STATIC + 1024
+    assert (tile.per_sm + 1) * shorter <= HOPPERS_SHARED_MEMORY + 1024  # no longer than it must be
 
 
 def test_instances_of_one_gpu():
