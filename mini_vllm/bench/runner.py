@@ -70,10 +70,12 @@ def with_engine(arguments: dict[str, Any], measure: Callable[[LLMEngine], Result
     """`measure` of a new engine, whose memory is free again afterwards. `arguments` are `EngineConfig`'s."""
     engine = LLMEngine(**arguments)
     on_gpu = engine.runner.ops.device == "cuda"
+    gc.freeze()  # as `LLMEngine` advises
     try:
         return measure(engine)
     finally:
         del engine
+        gc.unfreeze()
         if on_gpu:
             free_gpu_memory()
 
